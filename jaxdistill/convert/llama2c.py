@@ -5,7 +5,6 @@ then float32 tables in a fixed order, each stacked over the layers. A negative v
 size says that an untied head follows. Rotary pairs are neighbours; ours are half a head apart.
 """
 
-import itertools
 import math
 import os
 import pathlib
