@@ -9,6 +9,7 @@ of the configuration is an option: `--optimizer.learning-rate 1e-3` is the same 
 and prints the help. jax is not imported here, so `--help` is as quick as the module's own imports.
 """
 
+import contextlib
 import dataclasses
 import dis
 import inspect
@@ -28,6 +29,7 @@ import tyro
 from jaxdistill import config as configs
 from jaxdistill import workdir as workdirs
 
+_logger = logging.getLogger(__name__)
 _NOT_GIVEN = "\0"
 _METAVARS = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", type(None): "none"}
 _HELP = ("-h", "--help")
@@ -173,7 +175,7 @@ def _print_help(experiment: Experiment, arguments: Sequence[str]) -> None:
 
 
 def _field(key: str) -> str:
-    return "field_" + key.replace(".", "_")
+    return "field_" + key.replace(".", "__")
 
 
 def _flag(key: str) -> str:
@@ -235,23 +237,31 @@ def _missing_value(arguments: Sequence[str], options: Sequence[configs.Option]) 
 def _run(experiment: Experiment, command: Command) -> None:
     console = rich.console.Console()
     _log_to(console)
-    logging.getLogger(__name__).info("%s, preset %s", experiment.name, command.preset)
-    try:
-        with workdirs.open(
+    with contextlib.ExitStack() as stack:
+        workdir = workdirs.open(
             command.workdir,
             experiment=experiment.name,
             preset=command.preset,
             config=configs.to_dict(command.config),
-        ) as workdir:
-            experiment.run(command.config, Context(workdir, console, command.preset))
-    except KeyboardInterrupt:
-        _exit(130, "interrupted: the same command goes on from the last checkpoint")
-    except Exception as error:
-        if _is_preemption(error):
-            _exit(143, f"{error}: the same command goes on from there")
-        if command.debug or not _is_for_the_user(error):
+        )
+        try:
+            context = Context(stack.enter_context(workdir), console, command.preset)
+        except (workdirs.WorkdirError, PermissionError) as error:
+            _exit(2, str(error))
+        _logger.info("%s, preset %s, in %s", experiment.name, command.preset, command.workdir)
+        try:
+            experiment.run(command.config, context)
+        except KeyboardInterrupt:
+            _exit(130, "interrupted: the same command goes on from the last checkpoint")
+        except SystemExit as stop:
+            # train.loop.Preempted says what was saved; its code is 128 + the signal's number.
+            if message := getattr(stop, "message", ""):
+                print(message, file=sys.stderr)
             raise
-        _exit(1, f"{error} (--debug shows where)")
+        except Exception as error:
+            if command.debug or not _is_for_the_user(error):
+                raise
+            _exit(1, f"{error} (--debug shows where)")
 
 
 def _log_to(console: rich.console.Console) -> None:
@@ -267,13 +277,8 @@ def _threshold(logger: str) -> int:
     return logging.INFO if _package(logger) in _OURS else logging.WARNING
 
 
-def _is_preemption(error: Exception) -> bool:
-    loop = sys.modules.get("jaxdistill.train.loop")  # not imported: then nothing was preempted
-    return loop is not None and isinstance(error, loop.Preempted)
-
-
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether a `raise` of our own refused its input; one from inside a library is a bug to trace."""
+    """Whether a `raise` of our own refused its input; what a library raises is a bug to trace."""
     if not isinstance(error, ValueError | OSError) or error.__traceback__ is None:
         return False
     last = error.__traceback__
