@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.convert.mapping import LazyTensor, assemble, numpy_dtype, slots
+from jaxdistill.data.tokenizers import FastTokenizer, scored_bpe
 from jaxdistill.models.config import DecoderConfig
 
 _HEADER = struct.Struct("<7i")
@@ -129,3 +130,48 @@ def _offsets(config: DecoderConfig) -> tuple[dict[str, tuple[int, tuple[int, ...
 
 def _reader(data: np.ndarray, start: int, shape: tuple[int, ...]):
     return lambda: data[start : start + math.prod(shape)].reshape(shape)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> FastTokenizer:
+    """Load a llama2.c tokenizer: int32 longest token, then (float32 score, int32 length, bytes).
+
+    Ids 0, 1 and 2 are unknown, bos and eos, ids 3 to 258 the bytes. The text gets a leading space,
+    and of all neighbours that join to a token the pair with the best score joins, again and again.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not a llama2.c tokenizer, or truncated.
+    """
+    path = pathlib.Path(path)
+    scores, tokens = _read_vocabulary(path)
+    # llama2.c stores line breaks around these two only for a nicer print.
+    tokens[1:3] = "<s>", "</s>"
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    if tokens[3:259] != byte_tokens:
+        raise ValueError(
+            f"{path}: a llama2.c tokenizer has the 256 byte tokens at ids 3 to 258 but this file "
+            f"has {tokens[3:4]} there; it is another kind of file"
+        )
+    return scored_bpe(
+        tokens, scores, control=tokens[:3], space=" ", bos_id=1, eos_id=2, unknown=tokens[0]
+    )
+
+
+def _read_vocabulary(path: pathlib.Path) -> tuple[list[float], list[str]]:
+    data = path.read_bytes()
+    entry = struct.Struct("<fi")
+    scores: list[float] = []
+    tokens: list[str] = []
+    position = 4
+    while position < len(data):
+        body = position + entry.size
+        score, length = entry.unpack_from(data, position) if body <= len(data) else (0.0, -1)
+        if length < 0 or body + length > len(data):
+            raise ValueError(
+                f"{path}: the llama2.c tokenizer is truncated or corrupt in token {len(tokens)}, "
+                f"at byte {position:,} of {len(data):,}; fetch it again"
+            )
+        scores.append(score)
+        tokens.append(data[body : body + length].decode("utf-8", errors="replace"))
+        position = body + length
+    return scores, tokens

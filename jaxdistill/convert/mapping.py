@@ -72,7 +72,7 @@ def deinterleave(values: np.ndarray, heads: int) -> np.ndarray:
 
 def slots(config: DecoderConfig) -> dict[str, Slot]:
     """Every leaf of the decoder by path; those below "layers/" are given for one layer."""
-    vocabulary = (config.padded_vocab_size or config.vocab_size, config.width)
+    vocabulary = (config.embedding_rows, config.width)
     found = {
         "embed/embedding": Slot(vocabulary, vocabulary),
         "final_norm/scale": _vector(config.width),
