@@ -1,4 +1,4 @@
-"""What a decoder is: its sizes and switches, checked once, hashable, so jit can take them as static."""
+"""What a decoder is: sizes and switches, checked once; hashable, so jit takes it as static."""
 
 from __future__ import annotations
 

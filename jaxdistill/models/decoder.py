@@ -138,7 +138,7 @@ def apply(
     hidden, cache, inputs = _run_layers(
         params["layers"], hidden.astype(config.dtype), config, context, cache, taps
     )
-    if taps:
+    if inputs is not None:
         inputs = jnp.concatenate([inputs, hidden[None]])
     normed = rms_norm(hidden, params["final_norm"]["scale"], config.norm_epsilon)
     return DecoderOutput(normed, cache, inputs)
