@@ -65,7 +65,7 @@ def from_dict(config_class: type[Config], data: Mapping[str, Any]) -> Config:
     >>> from_dict(Example, {"learning_rate": 1})
     Example(learning_rate=1.0)
     """
-    return _build(config_class, data, key="", root=config_class)
+    return _build(config_class, data, prefix="")
 
 
 def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
@@ -145,16 +145,19 @@ def suggest(name: str, names: Iterable[str]) -> str:
     same_ending = [n for n in names if n.rpartition(".")[2] == name]
     near = same_ending or difflib.get_close_matches(name, names, n=1)
     if not near:
-        ends = {n.rpartition(".")[2]: n for n in names}
+        ends = {n.rpartition(".")[2]: n for n in reversed(names)}
         near = [ends[end] for end in difflib.get_close_matches(name, ends, n=1)]
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
 
 
 def options(config: Any) -> Iterator[Option]:
     """Every leaf of a configuration in the order of its fields, nested ones by dotted key."""
-    values, helps = dict(_flatten(to_dict(config))), dict(_helps(type(config)))
+    helps = dict(_helps(type(config)))
     for key, kind in _leaves(type(config)):
-        yield Option(key, kind, values.get(key), helps[key])
+        value = config
+        for name in key.split("."):
+            value = getattr(value, name, None)  # None inside an optional group that is None
+        yield Option(key, kind, _plain(value), helps[key])
 
 
 def field_help(config_class: type) -> dict[str, str]:
@@ -285,46 +288,44 @@ def _show(value: Any) -> str:
     return "absent" if value is _ABSENT else "none" if value is None else repr(value)
 
 
-def _unknown_key(key: str, root: type) -> ConfigError:
-    names = [name for name, _ in _leaves(root)]
-    if inside := [name for name in names if name.startswith(f"{key}.")]:
+def _unknown_key(name: str, config_class: Any, prefix: str = "") -> ConfigError:
+    key, known = prefix + name, [prefix + leaf for leaf, _ in _leaves(config_class)]
+    if inside := [leaf for leaf in known if leaf.startswith(f"{key}.")]:
         return ConfigError(f"{key!r} is a group: set one of its keys, {', '.join(inside)}")
-    return ConfigError(f"unknown key {key!r}: {suggest(key, names)}")
+    return ConfigError(f"unknown key {key!r}: {suggest(key, known)}")
 
 
 def _wrong(key: str, kind: Any, value: Any) -> ConfigError:
     return ConfigError(f"{key} must be {describe(kind)}, not {value!r}")
 
 
-def _build(config_class: type[Config], data: Any, key: str, root: type) -> Config:
+def _build(config_class: type[Config], data: Any, prefix: str) -> Config:
     if not isinstance(data, Mapping):
-        raise _wrong(key or "a configuration", config_class, data)
-    prefix = f"{key}." if key else ""
+        raise _wrong("a configuration", config_class, data)
     kinds, fields = typing.get_type_hints(config_class), _fields(config_class)
     for name in data:
-        if name not in (f.name for f in fields):
-            raise _unknown_key(f"{prefix}{name}", root)
+        if name not in [field.name for field in fields]:
+            raise _unknown_key(name, config_class, prefix)
     values = {}
     for field in fields:
+        key, kind = prefix + field.name, kinds[field.name]
         if field.name in data:
-            path = prefix + field.name
-            values[field.name] = _convert(data[field.name], kinds[field.name], path, root)
+            values[field.name] = _convert(data[field.name], kind, key)
         elif field.default is field.default_factory is dataclasses.MISSING:
-            wanted = describe(kinds[field.name])
-            raise ConfigError(f"{prefix}{field.name} is missing: it must be {wanted}")
+            raise ConfigError(f"{key} is missing: it must be {describe(kind)}")
     return config_class(**values)
 
 
-def _convert(value: Any, kind: Any, key: str, root: type) -> Any:
+def _convert(value: Any, kind: Any, key: str) -> Any:
     """`value` as `kind`, or ConfigError; nothing is guessed but int -> float and list -> tuple."""
     origin = typing.get_origin(kind)
     group = _group(kind)
     if group is not None and isinstance(value, Mapping):
-        return _build(group, value, key, root)
+        return _build(group, value, f"{key}.")
     if _is_union(kind):
         for member in typing.get_args(kind):
             try:
-                return _convert(value, member, key, root)
+                return _convert(value, member, key)
             except ConfigError:
                 continue
     elif origin is Literal:
@@ -334,10 +335,10 @@ def _convert(value: Any, kind: Any, key: str, root: type) -> Any:
         items = _item_kinds(kind) or (typing.get_args(kind)[0],) * len(value)
         if len(items) == len(value):
             pairs = enumerate(zip(value, items, strict=True))
-            return origin(_convert(v, k, f"{key}[{i}]", root) for i, (v, k) in pairs)
+            return origin(_convert(v, k, f"{key}[{i}]") for i, (v, k) in pairs)
     elif origin is dict and isinstance(value, Mapping):
         item = typing.get_args(kind)[1]
-        return {name: _convert(v, item, f"{key}[{name!r}]", root) for name, v in value.items()}
+        return {name: _convert(v, item, f"{key}[{name!r}]") for name, v in value.items()}
     elif kind is float and type(value) is int:
         return float(value)
     elif type(value) is kind:
@@ -349,8 +350,8 @@ def _read(text: str, kind: Any, key: str) -> Any:
     """The value that `text` writes for a field of type `kind`, or ConfigError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if _is_union(kind):
-        # Text matches everything, so it is tried last.
-        for member in sorted(arguments, key=lambda member: member is str):
+        # None is written as a word and text matches any word: the one goes first, the other last.
+        for member in sorted(arguments, key=lambda m: (m is not type(None)) + (m is str)):
             try:
                 return _read(text, member, key)
             except ConfigError:
@@ -360,9 +361,9 @@ def _read(text: str, kind: Any, key: str) -> Any:
             if text == str(choice):
                 return choice
         raise ConfigError(f"{_wrong(key, kind, text)}: {suggest(text, map(str, arguments))}")
-    elif origin in (tuple, list, dict) and (text[:1] in ("[", "{") or origin is dict):
+    elif origin is dict or (text[:1] in ("[", "{") and (_group(kind) or origin in (tuple, list))):
         try:
-            return _convert(json.loads(text), kind, key, type(None))
+            return _convert(json.loads(text), kind, key)
         except json.JSONDecodeError:
             pass
     elif origin in (tuple, list):

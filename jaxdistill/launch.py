@@ -16,6 +16,7 @@ import inspect
 import json
 import logging
 import pathlib
+import re
 import shlex
 import sys
 import typing
@@ -146,7 +147,7 @@ def _parser(experiment: Experiment, options: Sequence[configs.Option]) -> type:
         ("debug", _argument("debug", None, "Show the traceback of any error.", kind=bool), False),
     ]
     for key, kind, value, description in options:
-        details = _argument(key, _metavar(kind), description, _written(value))
+        details = _argument(key, _metavar(kind), description, shlex.quote(_written(value)))
         fields.append((_field(key), details, _NOT_GIVEN))
     return dataclasses.make_dataclass("Options", fields, frozen=True)
 
@@ -196,14 +197,21 @@ def _metavar(kind: Any) -> str:
 
 
 def _written(value: Any) -> str:
-    """A default as one would write it on the command line."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
+    """A value as `--set` reads it."""
+    if isinstance(value, list) and all(map(_is_word, value)):
+        return ",".join(map(_written, value))
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    if value is None or isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list) and all(isinstance(item, int | float | str) for item in value):
-        return ",".join(map(str, value)) or '""'
-    return json.dumps(value) if isinstance(value, list | dict) else shlex.quote(str(value))
+    return str(value)
+
+
+def _is_word(value: Any) -> bool:
+    """Whether a value may stand between the commas of a list, so that no JSON is needed."""
+    if isinstance(value, str):
+        return re.fullmatch(r"[\w.*/:+-]+", value) is not None
+    return not isinstance(value, list | dict)
 
 
 # ---- Wrong command lines -----------------------------------------------------------------------

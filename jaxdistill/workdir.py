@@ -2,7 +2,6 @@
 
 import builtins
 import contextlib
-import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -25,7 +24,6 @@ class WorkdirError(ValueError):
     """A folder in which this run may not work; the sentence says why and what to do."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Workdir:
     """The files of a run, local or on `gs://`. A run has one or more arms ("ce", "kd"), by name.
 
@@ -33,10 +31,11 @@ class Workdir:
     'runs/quickstart-cpu/checkpoints/kd'
     """
 
-    path: epath.Path
-
     def __init__(self, path: epath.PathLike) -> None:
-        object.__setattr__(self, "path", epath.Path(path))
+        self.path = epath.Path(path)
+
+    def __repr__(self) -> str:
+        return f"Workdir({os.fspath(self.path)!r})"
 
     @property
     def config_file(self) -> epath.Path:
@@ -172,12 +171,14 @@ def _lock(path: epath.Path) -> Iterator[None]:
     with builtins.open(path / ".lock", "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             raise WorkdirError(
                 f"{path} is in use by {file.read() or 'another process'}: wait for it, end it, or "
                 "choose another --workdir"
             ) from error
+        except OSError as error:  # some network file systems have no locks
+            _logger.warning("%s cannot be locked (%s): run one job at a time there", path, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
