@@ -3,7 +3,7 @@
 >>> from jaxdistill.data import tokenizers
 >>> tokenizer = tokenizers.scored_bpe(
 ...     ["<unk>", "<s>", "</s>", "a", "b", "ab"], scores=[0, 0, 0, -9, -9, -1],
-...     control=("<unk>", "<s>", "</s>"), bos_id=1, eos_id=2, space=None)
+...     control=("<unk>", "<s>", "</s>"), bos_id=1, eos_id=2, space_prefix=False)
 >>> tokenizer.encode("abba", add_bos=True)
 [1, 5, 4, 3]
 >>> tokenizer.decode([5, 4, 3])

@@ -97,7 +97,8 @@ def scored_bpe(
     *,
     control: Sequence[str],
     user_defined: Sequence[str] = (),
-    space: str | None = "▁",
+    space: str = "▁",
+    space_prefix: bool = True,
     bos_id: int | None = None,
     eos_id: int | None = None,
     pad_id: int | None = None,
@@ -111,8 +112,8 @@ def scored_bpe(
 
     Args:
       tokens, scores: the vocabulary in the order of ids.
-      space: how the vocabulary writes a space; one is put before the text and dropped again by
-        `decode`. None puts none.
+      space: how the vocabulary writes a space.
+      space_prefix: whether a space is put before the text, and dropped again by `decode`.
       unknown: the token for what cannot be encoded.
       control, user_defined, bos_id, eos_id, pad_id, add_bos, chat_template: as `byte_level_bpe`.
 
@@ -125,13 +126,12 @@ def scored_bpe(
     merges = _merges_from_scores(tokens, scores, atoms)
     model = _bpe(tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
-    steps: list[decoders.Decoder] = [decoders.ByteFallback(), decoders.Fuse()]
-    if space is not None:
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.Prepend(space), normalizers.Replace(" ", space)]
-        )
-        steps = [decoders.Replace(space, " "), *steps, decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(steps)
+    prefix = [normalizers.Prepend(space)] if space_prefix else []
+    strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", space)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     _add_tokens(backend, control, user_defined)
     _start_with(backend, tokens, bos_id if add_bos else None)
     return FastTokenizer(
