@@ -92,6 +92,20 @@ def logical_axes(config: DecoderConfig) -> Params:
     return {**names(Ends, ()), "layers": names(DecoderLayer, ("layers",))}
 
 
+def check_params(params: Params, config: DecoderConfig) -> None:
+    """Raise a ValueError that names the parameters whose shapes are not those of the config."""
+    given = _shapes(params)
+    expected = _expected_shapes(config)
+    wrong = [
+        f"{path} is {given.get(path, 'missing')} and should be {expected.get(path, 'absent')}"
+        for path in sorted(given.keys() | expected.keys())
+        if given.get(path) != expected.get(path)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(f"parameters do not fit the config: {'; '.join(wrong[:3])}{more}")
+
+
 def init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
     """An empty cache of `length` slots for `batch` rows, in the activations' type.
 
@@ -122,14 +136,17 @@ def apply(
     Args:
         params: the tree described at the top of this file.
         tokens: int [B, T]. An id outside the vocabulary gives NaN, never another token.
-        positions: int [B, T] for the rotary embedding; default: counted from 0 in each segment.
+        positions: int [B, T] for the rotary embedding; default: counted from 0 in each segment,
+            or from 0 if there are none, with a cache too.
         segment_ids: int [B, T], 0 for padding; not together with a cache.
         cache: from `init_cache` or an earlier call.
         taps: also return what enters and leaves every layer.
 
     Raises:
-        ValueError: wrong rank, type or shape, or more tokens than config.max_length.
+        ValueError: wrong rank, type or shape of an argument, parameters that are not the config's,
+            or more tokens than config.max_length.
     """
+    check_params(params, config)
     _check_call(params, tokens, config, positions, segment_ids, cache)
     positions = _positions(tokens, segment_ids) if positions is None else positions
     context = _context(tokens, config, positions, segment_ids, cache)
@@ -227,6 +244,19 @@ def _abstract(module: type, config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.St
     return nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(params=0))))
 
 
+def _shapes(params: Params) -> dict[str, list[int]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): list(jnp.shape(leaf))
+        for path, leaf in leaves
+    }
+
+
+@functools.cache
+def _expected_shapes(config: DecoderConfig) -> dict[str, list[int]]:
+    return _shapes(abstract_params(config))
+
+
 def _values(module: nnx.Module) -> Params:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
@@ -260,5 +290,13 @@ def _check_call(
                 f"{name} must be whole numbers of the shape of tokens {list(tokens.shape)}, "
                 f"not {array.dtype} of shape {list(array.shape)}"
             )
-    if cache is not None and segment_ids is not None:
+    if cache is None:
+        return
+    if segment_ids is not None:
         raise ValueError("segment_ids do not go with a cache: give each sequence its own row")
+    rows, slots = cache.key.shape[1:3]
+    if rows != tokens.shape[0] or slots < tokens.shape[1]:
+        raise ValueError(
+            f"a cache of {rows} rows and {slots} slots does not hold tokens of shape "
+            f"{list(tokens.shape)}: make one with init_cache(config, batch, length)"
+        )

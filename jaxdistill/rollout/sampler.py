@@ -50,7 +50,7 @@ class Loop(NamedTuple):
     stopped: jax.Array  # bool [B]
     tokens: jax.Array  # int [B, N]
     log_probs: jax.Array  # float32 [B, N]
-    cache: Cache
+    cache: Cache | None
 
 
 def generate(
@@ -59,7 +59,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    key: jax.Array | int = 0,
+    key: jax.Array | int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -76,7 +76,7 @@ def generate(
         params, config: the decoder.
         prompts: lists of token ids, none empty.
         max_new_tokens: the most to add to a prompt; a row also ends when the context is full.
-        key: a jax random key, or a seed for one.
+        key: a jax random key, or a seed for one; only temperature 0 goes without.
         temperature: 0 takes the most likely token.
         top_k, top_p: None cuts nothing.
         stop_tokens: any of these ends a row, and is kept in its tokens.
@@ -88,39 +88,30 @@ def generate(
     >>> config = DecoderConfig(vocab_size=8, width=4, num_layers=1, num_heads=1, num_kv_heads=1,
     ...                        head_dim=2, mlp_width=4, max_length=32)
     >>> params = decoder.init(config, jax.random.key(0))
-    >>> [len(row) for row in generate(params, config, [[1, 2], [3]], max_new_tokens=3).tokens]
+    >>> answer = generate(params, config, [[1, 2], [3]], max_new_tokens=3, temperature=0)
+    >>> [len(row) for row in answer.tokens]
     [3, 3]
     """
     _check_prompts(prompts, stop_tokens, config)
-    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    _check_settings(max_new_tokens, key, temperature, top_k, top_p)
     if not prompts:
         return Generation([], [], [])
-    lengths = np.array([len(prompt) for prompt in prompts])
+    tokens, lengths = _pad(prompts, config)
     limits = np.minimum(max_new_tokens, config.max_length - lengths)
-    rows = _bucket(len(prompts), 1)
-    prompt_bucket = min(_bucket(lengths.max(), SMALLEST_BUCKET), config.max_length)
-    tokens = np.zeros((rows, prompt_bucket), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    extra = rows - len(prompts)
-    choice = Choice(
-        jnp.float32(temperature),
-        jnp.int32(config.vocab_size if top_k is None else top_k),
-        jnp.float32(1.0 if top_p is None else top_p),
-        jnp.asarray(_fill(np.array(stop_tokens, np.int32), _bucket(len(stop_tokens), 8), -1)),
-    )
+    limits[len(prompts) :] = 0
     new_tokens, log_probs = _generate(
         params,
         tokens,
-        _fill(lengths, rows, 1).astype(np.int32),
-        np.pad(limits, (0, extra)).astype(np.int32),
-        jax.random.key(key) if isinstance(key, int) else key,
-        choice,
+        lengths,
+        limits,
+        key if isinstance(key, jax.Array) else jax.random.key(0 if key is None else key),
+        _choice(temperature, top_k, top_p, stop_tokens, config),
         config=config,
         new_bucket=_bucket(max_new_tokens, SMALLEST_BUCKET),
         greedy=temperature == 0,
         cut=top_k is not None or top_p is not None,
     )
+    limits = limits[: len(prompts)]
     return _collect(np.asarray(new_tokens), np.asarray(log_probs), limits, set(stop_tokens))
 
 
@@ -146,24 +137,14 @@ def _generate(
     def choose(loop: Loop, hidden: jax.Array) -> Loop:
         logits = decoder.logits(params, hidden, config)
         if greedy:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            token = _draw(_scaled(logits, choice, cut), row_keys, loop.step)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)
-        return Loop(
-            step=loop.step + 1,
-            last=token,
-            stopped=loop.stopped | jnp.isin(token, choice.stop_tokens),
-            tokens=loop.tokens.at[:, loop.step].set(token),
-            log_probs=loop.log_probs.at[:, loop.step].set(log_prob[:, 0]),
-            cache=loop.cache,
-        )
+            return _record(loop, logits, jnp.argmax(logits, axis=-1).astype(jnp.int32), choice)
+        return _record(loop, logits, _draw(_cut(logits, choice, cut), row_keys, loop.step), choice)
 
     def unfinished(loop: Loop) -> jax.Array:
         return jnp.any(~loop.stopped & (loop.step < limits))
 
     def advance(loop: Loop) -> Loop:
-        # A row that has ended keeps running into slots of its own, or past the last one, in vain.
+        # A row that has ended runs on in vain: in its own slots, or dropped past the last one.
         positions = (lengths + loop.step - 1)[:, None]
         output = decoder.apply(
             params, loop.last[:, None], config, positions=positions, cache=loop.cache
@@ -171,17 +152,32 @@ def _generate(
         return choose(loop._replace(cache=output.cache), output.hidden[:, 0])
 
     output = decoder.apply(params, prompts, config, cache=decoder.init_cache(config, rows, slots))
-    start = Loop(
+    final_hidden = output.hidden[jnp.arange(rows), lengths - 1]
+    first = choose(_start(rows, new_bucket, output.cache), final_hidden)
+    end = jax.lax.while_loop(unfinished, advance, first)
+    return end.tokens, end.log_probs
+
+
+def _start(rows: int, new_bucket: int, cache: Cache | None) -> Loop:
+    return Loop(
         step=jnp.int32(0),
         last=jnp.zeros(rows, jnp.int32),
         stopped=jnp.zeros(rows, bool),
         tokens=jnp.zeros((rows, new_bucket), jnp.int32),
         log_probs=jnp.zeros((rows, new_bucket), jnp.float32),
-        cache=output.cache,
+        cache=cache,
     )
-    final_hidden = output.hidden[jnp.arange(rows), lengths - 1]
-    end = jax.lax.while_loop(unfinished, advance, choose(start, final_hidden))
-    return end.tokens, end.log_probs
+
+
+def _record(loop: Loop, logits: jax.Array, token: jax.Array, choice: Choice) -> Loop:
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)
+    return loop._replace(
+        step=loop.step + 1,
+        last=token,
+        stopped=loop.stopped | jnp.isin(token, choice.stop_tokens),
+        tokens=loop.tokens.at[:, loop.step].set(token),
+        log_probs=loop.log_probs.at[:, loop.step].set(log_prob[:, 0]),
+    )
 
 
 def _draw(logits: jax.Array, row_keys: jax.Array, step: jax.Array) -> jax.Array:
@@ -189,7 +185,7 @@ def _draw(logits: jax.Array, row_keys: jax.Array, step: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def _scaled(logits: jax.Array, choice: Choice, cut: bool) -> jax.Array:
+def _cut(logits: jax.Array, choice: Choice, cut: bool) -> jax.Array:
     """Logits over temperature, -inf where top-k and top-p cut."""
     scaled = logits / choice.temperature
     if not cut:
@@ -219,13 +215,39 @@ def _collect(
     return result
 
 
+def _pad(prompts: Sequence[Sequence[int]], config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts padded on the right, and their lengths; padding rows are one token long."""
+    rows = _bucket(len(prompts), 1)
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = np.zeros((rows, min(_bucket(longest, SMALLEST_BUCKET), config.max_length)), np.int32)
+    lengths = np.ones(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        lengths[row] = len(prompt)
+    return tokens, lengths
+
+
+def _choice(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    stop_tokens: Sequence[int],
+    config: DecoderConfig,
+) -> Choice:
+    """The settings as arrays; None becomes the value that cuts nothing."""
+    stops = np.full(_bucket(len(stop_tokens), 8), -1, np.int32)
+    stops[: len(stop_tokens)] = stop_tokens
+    return Choice(
+        jnp.float32(temperature),
+        jnp.int32(config.vocab_size if top_k is None else top_k),
+        jnp.float32(1.0 if top_p is None else top_p),
+        jnp.asarray(stops),
+    )
+
+
 def _bucket(size: int, smallest: int) -> int:
     """The next power of two."""
-    return max(smallest, 1 << (operator.index(size) - 1).bit_length())
-
-
-def _fill(values: np.ndarray, size: int, filler: int) -> np.ndarray:
-    return np.pad(values, (0, size - len(values)), constant_values=filler)
+    return max(smallest, 1 << (size - 1).bit_length())
 
 
 def _check_prompts(
@@ -253,12 +275,21 @@ def _check_ids(name: str, ids: Sequence[int], config: DecoderConfig) -> None:
 
 
 def _check_settings(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+    max_new_tokens: int,
+    key: jax.Array | int | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
 ) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if not temperature >= 0:
         raise ValueError(f"temperature must be 0 (greedy) or more, not {temperature}")
+    if temperature > 0 and key is None:
+        raise ValueError(
+            "sampling needs a key: give a jax random key or a seed, another one each time, "
+            "or temperature=0"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None to cut nothing, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
