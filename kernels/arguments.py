@@ -1,0 +1,81 @@
+"""Checks of the heads' arguments; each message names the argument, what was expected and given."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+VOCABULARY_AXIS = {"vd": 0, "dv": 1}
+
+
+def is_concrete(value: object) -> bool:
+    """Whether the value can be looked at now: inside jit, vmap and grad it may be a tracer."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def check_positive(name: str, value: jax.typing.ArrayLike) -> None:
+    """Raise ValueError unless a concrete scalar is finite and above 0; a tracer passes unseen."""
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{name} must be a scalar, but its shape is {jnp.shape(value)}")
+    if is_concrete(value) and not (float(value) > 0 and math.isfinite(float(value))):
+        raise ValueError(f"{name} must be finite and above 0, but it is {float(value)}")
+
+
+def check_labels(
+    name: str, labels: jax.typing.ArrayLike, shape: tuple[int, ...], vocab_size: int
+) -> None:
+    """Raise ValueError unless labels are integers of this shape within [0, vocab_size).
+
+    The range can be seen only outside jit; inside, such a label gives NaN at its position.
+    """
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise ValueError(f"{name} must be integers, but the type is {jnp.result_type(labels)}")
+    if jnp.shape(labels) != shape:
+        raise ValueError(f"{name} must have shape {shape}, but the shape is {jnp.shape(labels)}")
+    if not is_concrete(labels):
+        return
+    values = np.asarray(labels)
+    outside = (values < 0) | (values >= vocab_size)
+    if outside.any():
+        raise ValueError(
+            f"{name} must lie in [0, {vocab_size}), but {values[outside][0]} is among them: "
+            "give a position to be left out any label in range, and mask it in the reduction"
+        )
+
+
+def check_head(
+    name: str, hidden: jax.Array, head: jax.Array, head_layout: str, vocab_size: int | None
+) -> int:
+    """Raise ValueError unless `head` fits `hidden`; returns the number of columns that count."""
+    if head_layout not in VOCABULARY_AXIS:
+        raise ValueError(f'head_layout must be "vd" or "dv", but it is {head_layout!r}')
+    if hidden.ndim < 1 or not jnp.issubdtype(hidden.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}hidden must be floating with shape [..., D], "
+            f"but it is {hidden.dtype} with shape {hidden.shape}"
+        )
+    if head.ndim != 2 or not jnp.issubdtype(head.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}head must be floating with two dimensions, "
+            f"but it is {head.dtype} with shape {head.shape}"
+        )
+    axis = VOCABULARY_AXIS[head_layout]
+    if head.shape[1 - axis] != hidden.shape[-1]:
+        raise ValueError(
+            f"{name}head of layout {head_layout!r} must have width {hidden.shape[-1]} as "
+            f"{name}hidden has, but its shape is {head.shape}"
+        )
+    padded = head.shape[axis]
+    if vocab_size is not None and not 0 < vocab_size <= padded:
+        raise ValueError(
+            f"vocab_size must lie in [1, {padded}], the columns of {name}head, "
+            f"but it is {vocab_size}"
+        )
+    return padded if vocab_size is None else vocab_size
+
+
+def check_chunk(name: str, value: int | None) -> None:
+    """Raise ValueError unless a chunk size is None or a whole number above 0."""
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name} must be a whole number above 0 or None, but it is {value!r}")
