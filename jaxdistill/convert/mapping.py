@@ -250,3 +250,26 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
+
+
+def check_params(config: DecoderConfig, leaves: Mapping[str, Any]) -> None:
+    """Refuse flattened parameters that are not those of a configuration.
+
+    Raises:
+      ValueError: a leaf is missing, unknown or has another shape.
+    """
+    expected = {
+        path: ((config.num_layers,) if path.startswith("layers/") else ()) + slot.shape
+        for path, slot in slots(config).items()
+    }
+    if different := sorted(expected.keys() ^ leaves.keys()):
+        state = "missing from" if different[0] in expected else "not expected in"
+        raise ValueError(
+            f"the parameters are not those of this configuration: {different[0]!r} is {state} them"
+        )
+    for path, shape in expected.items():
+        if tuple(leaves[path].shape) != shape:
+            raise ValueError(
+                f"parameter {path!r} should have shape {list(shape)} by the configuration but has "
+                f"{list(leaves[path].shape)}"
+            )

@@ -9,6 +9,7 @@ assistant turn is located by rendering the conversation up to it and up to its e
 
 import datetime
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -187,8 +188,11 @@ def _compile(template: str) -> jinja2.Template:
 
 @functools.lru_cache(maxsize=32)
 def _has_generation_blocks(template: str) -> bool:
-    tokens = _environment().lex(template)
-    return any(kind == "name" and value == "generation" for _, kind, value in tokens)
+    tokens = [token[1:] for token in _environment().lex(template) if token[1] != "whitespace"]
+    return any(
+        before[0] == "block_begin" and token == ("name", "generation")
+        for before, token in itertools.pairwise(tokens)
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:
