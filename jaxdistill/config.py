@@ -133,21 +133,28 @@ def preset(presets: Mapping[str, Config], name: str) -> Config:
     return presets[name]
 
 
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name most like `name`, if one is; a name without a dot may be the end of a dotted one.
+
+    >>> nearest("learning_rte", ["seed", "optimizer.learning_rate"])
+    'optimizer.learning_rate'
+    """
+    names = list(names)
+    parts = {n if "." in name else n.rpartition(".")[2]: n for n in reversed(names)}
+    near = [parts[part] for part in difflib.get_close_matches(name, parts, n=1)]
+    near = near or difflib.get_close_matches(name, names, n=1)
+    return near[0] if near else None
+
+
 def suggest(name: str, names: Iterable[str]) -> str:
     """The end of an error about an unknown name: the nearest valid one, or all of them.
 
-    >>> suggest("learning_rte", ["learning_rate", "seed"])
-    'did you mean learning_rate?'
-    >>> suggest("x", ["learning_rate", "seed"])
-    'choose from learning_rate, seed'
+    >>> suggest("sed", ["learning_rate", "seed"]), suggest("x", ["learning_rate", "seed"])
+    ('did you mean seed?', 'choose from learning_rate, seed')
     """
     names = list(names)
-    same_ending = [n for n in names if n.rpartition(".")[2] == name]
-    near = same_ending or difflib.get_close_matches(name, names, n=1)
-    if not near:
-        ends = {n.rpartition(".")[2]: n for n in reversed(names)}
-        near = [ends[end] for end in difflib.get_close_matches(name, ends, n=1)]
-    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
+    near = nearest(name, names)
+    return f"did you mean {near}?" if near else f"choose from {', '.join(names)}"
 
 
 def options(config: Any) -> Iterator[Option]:

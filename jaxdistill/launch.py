@@ -75,15 +75,14 @@ def main(module: Mapping[str, Any], arguments: Sequence[str] | None = None) -> N
         module: `globals()` of the experiment: its docstring, `PRESETS` (a dictionary of instances
             of one frozen dataclass; the first is the default) and `run(config, context)`.
         arguments: the command line; by default `sys.argv[1:]`.
-    Raises: SystemExit with code 2 for a wrong command line, 1 for a run that its user must
-        correct, 130 when interrupted, 143 when preempted; other errors as they are.
+    Raises: SystemExit with code 0 after `--help`, 2 for a wrong command line or workdir, 1 for a
+        run that its user must correct, 130 when interrupted, 143 when preempted; others as is.
     """
     experiment = _experiment(module)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if set(_HELP) & set(arguments):
             _print_help(experiment, [a for a in arguments if a not in _HELP])
-            return
         command = parse(experiment, arguments)
     except ValueError as error:
         _exit(2, str(error))
@@ -161,7 +160,7 @@ def _argument(
     return Annotated[kind, details, tyro.conf.FlagCreatePairsOff]
 
 
-def _print_help(experiment: Experiment, arguments: Sequence[str]) -> None:
+def _print_help(experiment: Experiment, arguments: Sequence[str]) -> NoReturn:
     """Every option with its default in the preset that `arguments` choose, else in the first."""
     try:
         config = parse(experiment, arguments).config
@@ -173,6 +172,7 @@ def _print_help(experiment: Experiment, arguments: Sequence[str]) -> None:
         prog=f"python -m {experiment.name}",
         description=experiment.description,
     )
+    raise SystemExit(0)
 
 
 def _field(key: str) -> str:
@@ -225,8 +225,9 @@ def _unknown_argument(argument: str, options: Sequence[configs.Option]) -> Usage
     if not argument.startswith("-"):
         return UsageError(f"unexpected argument {argument!r}: write options as --name value")
     name = argument.partition("=")[0]
-    near = configs.suggest(name.lstrip("-").replace("_", "-"), [f[2:] for f in _flags(options)])
-    return UsageError(f"unknown option {name}: {near.replace('mean ', 'mean --')}")
+    near = configs.nearest(name.lstrip("-").replace("_", "-"), [f[2:] for f in _flags(options)])
+    advice = f"did you mean --{near}?" if near else "--help lists them"
+    return UsageError(f"unknown option {name}: {advice}")
 
 
 def _missing_value(arguments: Sequence[str], options: Sequence[configs.Option]) -> UsageError:
@@ -262,9 +263,9 @@ def _run(experiment: Experiment, command: Command) -> None:
         except KeyboardInterrupt:
             _exit(130, "interrupted: the same command goes on from the last checkpoint")
         except SystemExit as stop:
-            # train.loop.Preempted says what was saved; its code is 128 + the signal's number.
+            # train.preemption.Preempted says what was saved; its code is 128 + the signal's number.
             if message := getattr(stop, "message", ""):
-                print(message, file=sys.stderr)
+                print(f"{message}: the same command goes on from there", file=sys.stderr)
             raise
         except Exception as error:
             if command.debug or not _is_for_the_user(error):
