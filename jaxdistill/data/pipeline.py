@@ -1,19 +1,24 @@
 """The input pipeline: examples to an endless stream of batches, shuffled, sharded, resumable.
 
-Rows are planned once, ahead, by `packing` (in numpy, from the lengths alone); grain then only
-reorders, batches and prefetches a random-access list of rows. That is why exact resume and
-sharding hold: batch b of process p is a pure function of (examples, options, b, p), so the whole
-state is the number b, and skipping to it costs nothing. Grain's own packers are iterators: their
-state is the buffer of half-filled rows of one process, they pack after sharding, so the rows
-depend on the number of processes, and truncation passes in silence.
+Rows are planned once, ahead, by `packing` (in numpy, from the lengths alone), and the order of
+each epoch is a permutation made from (seed, epoch). So batch b of process p is a pure function of
+(examples, options, b, p): the whole state is the number b, and going to it replays nothing. Grain
+does the rest: it batches, shards and prefetches by threads.
 
-Order: rows -> shuffle (anew each epoch) -> repeat -> batches of `batch_size / process_count` rows
+Two parts of grain are not used, on purpose. Its packers are iterators that pack after sharding, so
+the rows would depend on the number of processes, and the state would be the half-filled rows of
+each. Its shuffle seeds epoch e with seed + e, so neighbouring seeds share whole epochs, and it
+takes milliseconds a row when there are few rows.
+
+Order: rows -> permuted anew in each epoch, endlessly -> batches of batch_size / process_count rows
 -> process p takes every process_count-th of them, from p on. So the batches of all processes, in
 the order of the processes, are the one global batch that a single process would see.
 """
 
+import functools
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
@@ -89,15 +94,38 @@ class PackedRows:
         return packing_lib.build_row(self._examples, self._rows[index], self._length)
 
 
+class EndlessRows:
+    """Random access to the rows of all epochs; row i of epoch e has the index e * len(rows) + i."""
+
+    def __init__(self, rows: PackedRows, seed: int):
+        if seed < 0:
+            raise ValueError(f"the data seed must be >= 0, got {seed}")
+        self._rows, self._seed = rows, seed
+        self._order = functools.lru_cache(maxsize=4)(self._permutation)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, place = divmod(index, len(self._rows))
+        return self._rows[self._order(epoch)[place]]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        # Raw bits, because numpy keeps their stream over versions, but not that of `permutation`.
+        bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
+        return np.argsort(bits.random_raw(len(self._rows)), kind="stable")
+
+
 def check_examples(examples: Sequence[Example], vocab_size: int) -> None:
     """Raise ValueError unless there are examples and all of them fit the vocabulary."""
     if len(examples) == 0:
         raise ValueError("the data set is empty: expected at least one example, got none")
     for index, (tokens, loss_mask) in enumerate(examples):
-        if np.ndim(tokens) != 1 or len(tokens) == 0 or np.shape(tokens) != np.shape(loss_mask):
+        shapes_fit = np.ndim(tokens) == 1 and np.shape(tokens) == np.shape(loss_mask)
+        if not shapes_fit or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(
-                f"example {index}: expected tokens and loss_mask of one shape [n] with n >= 1, "
-                f"got {np.shape(tokens)} and {np.shape(loss_mask)}"
+                f"example {index}: expected integer tokens and loss_mask of one shape [n], n >= 1, "
+                f"got {np.shape(tokens)} of {tokens.dtype} and {np.shape(loss_mask)}"
             )
         low, high = int(np.min(tokens)), int(np.max(tokens))
         if low < 0 or high >= vocab_size:
@@ -156,20 +184,16 @@ class Pipeline:
         )
         self.rows_per_epoch = len(rows)
         self.truncated = rows.truncated
-        self.fingerprint: dict[str, Any] = {
-            "transforms_version": TRANSFORMS_VERSION,
-            "sources": dict(sources or {}),
-            "content": content_hash(examples),
-            "tokenizer": tokenizer,
+        self.fingerprint = _fingerprint_of_data(examples, sources, tokenizer) | {
             "rows": len(rows),
             "length": length,
-            "batch_size": batch_size,
-            "seed": seed,
             "packing": packing,
             "too_long": too_long,
+            "batch_size": batch_size,
             "process_count": process_count,
+            "seed": seed,
         }
-        stream = grain.MapDataset.source(rows).shuffle(seed=_grain_seed(seed)).repeat()
+        stream = grain.MapDataset.source(EndlessRows(rows, seed))
         batches = stream.batch(local_batch_size, drop_remainder=True)[process_index::process_count]
         options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
         self._iterator = iter(batches.to_iter_dataset(options))
@@ -204,6 +228,17 @@ class Pipeline:
     def close(self) -> None:
         """Stop the prefetching threads; the pipeline gives no batch afterwards."""
         self._iterator.close()
+
+
+def _fingerprint_of_data(
+    examples: Sequence[Example], sources: Mapping[str, str] | None, tokenizer: str | None
+) -> dict[str, Any]:
+    return {
+        "transforms_version": TRANSFORMS_VERSION,
+        "sources": dict(sources or {}),
+        "content": content_hash(examples),
+        "tokenizer": tokenizer,
+    }
 
 
 def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -283,10 +318,3 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
             f"got {batch_size}"
         )
     return batch_size // process_count
-
-
-def _grain_seed(seed: int) -> int:
-    """Grain shuffles epoch e by seed + e, so neighbouring seeds would share whole epochs: hash."""
-    if seed < 0:
-        raise ValueError(f"the data seed must be >= 0, got {seed}")
-    return int(np.random.SeedSequence(seed).generate_state(1)[0])
