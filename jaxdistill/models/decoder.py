@@ -135,7 +135,8 @@ def apply(
 
     Args:
         params: the tree described at the top of this file.
-        tokens: int [B, T]. An id outside the vocabulary gives NaN, never another token.
+        tokens: int [B, T]. An id past the embedding turns its row into NaN, never into
+            another token.
         positions: int [B, T] for the rotary embedding; default: counted from 0 in each segment,
             or from 0 if there are none, with a cache too.
         segment_ids: int [B, T], 0 for padding; not together with a cache.
@@ -234,7 +235,7 @@ def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     if segment_ids is None:
         return order
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = jnp.pad(changes, ((0, 0), (1, 0))) * order
+    starts = jnp.where(jnp.pad(changes, ((0, 0), (1, 0))), order, 0)
     return order - jax.lax.cummax(starts, axis=1)
 
 
