@@ -302,16 +302,9 @@ def test_state_of_another_kind_is_refused(make: Any, next_batch: Any) -> None:
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_evaluation_sees_every_row_once_in_order(packing: str, process_count: int) -> None:
     options = {name: OPTIONS[name] for name in ("length", "batch_size", "vocab_size")}
+    options |= {"packing": packing, "process_count": process_count}
     shards = [
-        list(
-            evaluation_batches(
-                examples_of(),
-                packing=packing,
-                process_index=index,
-                process_count=process_count,
-                **options,
-            )
-        )
+        list(evaluation_batches(examples_of(), process_index=index, **options))
         for index in range(process_count)
     ]
     seen = [row for parts in zip(*shards, strict=True) for row in rows_of(list(parts))]

@@ -1,4 +1,4 @@
-"""Named sources and hub files, against archives, wheels and servers made by the test itself."""
+"""Named sources, against archives, wheels and servers made by the test itself."""
 
 import gzip
 import hashlib
@@ -12,16 +12,17 @@ import tarfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from jaxdistill.data import fetch, hub, sources
+from jaxdistill.data import fetch, sources
 from jaxdistill.data.registry import SOURCES, Source, Wheel
+from tests.data.servers import Server, files_under, send
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 CONTENT = b"Call me Ishmael.\n" * 5000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -31,31 +32,12 @@ IN_TAR = replace(PLAIN, archive="tiny.tar.gz")
 IN_WHEEL = replace(PLAIN, wheel=Wheel("tiny-texts==1.0", "tiny_texts/tiny.txt", 1000))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, no data directory, and a pip that sees only `tmp_path/wheels`."""
-    monkeypatch.setenv("JAXDISTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("JAXDISTILL_DATA", raising=False)
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    (tmp_path / "wheels").mkdir()
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "data"
     directory.mkdir()
     monkeypatch.setenv("JAXDISTILL_DATA", str(directory))
     return directory
-
-
-def files_under(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.rglob("*") if not path.is_dir())
 
 
 def write_tar(path: Path, content: bytes = CONTENT, member: str = "texts/tiny.txt") -> None:
@@ -76,54 +58,6 @@ def write_wheel(directory: Path, content: bytes = CONTENT, tag: str = "py3-none-
     with zipfile.ZipFile(directory / f"tiny_texts-1.0-{tag}.whl", "w") as wheel:
         for name, body in files.items():
             wheel.writestr(name, body)
-
-
-Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
-
-
-def send(body: bytes, *, status: int = 200, declared: int | None = None, **headers: Any) -> Answer:
-    """An answer with `body`; `declared` is a Content-Length that may lie."""
-
-    def answer(request: http.server.BaseHTTPRequestHandler) -> None:
-        request.send_response(status)
-        request.send_header("Content-Length", str(len(body) if declared is None else declared))
-        for name, value in headers.items():
-            request.send_header(name.replace("_", "-"), value)
-        request.end_headers()
-        request.wfile.write(body)
-
-    return answer
-
-
-class Server:
-    """A local HTTP server; `answers` maps paths to answers, `asked` lists the requests."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, Answer] = {}
-        self.asked: list[str] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.asked.append(self.path)
-                outer.answers.get(self.path, send(b"", status=404))(self)
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.http.server_address[1]}"
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-    thread.join()
 
 
 # The data directory.
@@ -253,12 +187,6 @@ def test_missing_source_without_places_says_so() -> None:
 def test_unreachable_server_is_a_reason(unreachable: str) -> None:
     with pytest.raises(sources.SourceNotFoundError, match="refused"):
         sources.resolve_source(replace(PLAIN, url=f"{unreachable}/tiny.txt"))
-
-
-@pytest.fixture
-def unreachable(server: Server) -> str:
-    """An address where nothing listens (port 1 is never given to anybody)."""
-    return re.sub(r":\d+$", ":1", server.address)
 
 
 def test_cached_file_is_used_without_any_place(data: Path) -> None:
@@ -407,118 +335,6 @@ def test_archived_sources_resolve_from_the_real_data_directory(
     for name, source in SOURCES.items():
         if source.archive:
             assert fetch.sha256_of(sources.resolve(name)) == source.sha256
-
-
-# The hub.
-
-ADDRESS = "/owner/model/resolve/v1/model.safetensors"
-
-
-@pytest.fixture
-def hub_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    monkeypatch.setenv("HF_ENDPOINT", server.address + "/")
-    return server
-
-
-def fetch_model() -> Path:
-    return hub.fetch_hub("owner/model", "model.safetensors", "v1")
-
-
-def test_hub_large_file_is_verified_through_the_redirect(hub_server: Server, cache: Path) -> None:
-    hub_server.answers[ADDRESS] = send(
-        b"", status=302, Location="/store/1", X_Linked_ETag=f'"{DIGEST}"', ETag='"not-this"'
-    )
-    hub_server.answers["/store/1"] = send(CONTENT, ETag='"nor-this"')
-    path = fetch_model()
-    assert path.read_bytes() == CONTENT
-    assert files_under(cache) == ["model.safetensors", "model.safetensors.digest"]
-    assert fetch_model() == path
-    assert hub_server.asked == [ADDRESS, "/store/1"]  # the second call asked nothing
-
-
-def test_hub_small_file_is_verified_by_its_git_blob_id(hub_server: Server) -> None:
-    # `printf 'what is up, doc?' | git hash-object --stdin`, from the Git book.
-    blob = "bd9dbf5aae1a3862dd1526723246b20206e5fc37"
-    hub_server.answers[ADDRESS] = send(b"what is up, doc?", ETag=f'W/"{blob}"')
-    assert fetch_model().read_bytes() == b"what is up, doc?"
-
-
-@pytest.mark.parametrize("header", ["X_Linked_ETag", "ETag"])
-def test_hub_file_with_another_digest_is_refused(
-    hub_server: Server, cache: Path, header: str
-) -> None:
-    headers: dict[str, Any] = {header: f'"{DIGEST}"'}
-    hub_server.answers[ADDRESS] = send(WRONG, **headers)
-    with pytest.raises(fetch.IntegrityError) as error:
-        fetch_model()
-    assert DIGEST in str(error.value)
-    assert hashlib.sha256(WRONG).hexdigest() in str(error.value)
-    assert files_under(cache) == []
-
-
-@pytest.mark.parametrize("headers", [{}, {"ETag": '"short"'}])
-def test_hub_file_without_a_digest_is_refused(
-    hub_server: Server, cache: Path, headers: dict[str, Any]
-) -> None:
-    hub_server.answers[ADDRESS] = send(CONTENT, **headers)
-    with pytest.raises(fetch.IntegrityError, match="declares no digest"):
-        fetch_model()
-    assert files_under(cache) == []
-
-
-def test_hub_digest_of_another_host_is_not_believed(hub_server: Server, cache: Path) -> None:
-    port = hub_server.http.server_address[1]
-    store = f"http://localhost:{port}/store/1"
-    hub_server.answers[ADDRESS] = send(b"", status=302, Location=store)
-    hub_server.answers["/store/1"] = send(CONTENT, ETag=f'"{DIGEST}"')
-    with pytest.raises(fetch.IntegrityError, match="declares no digest"):
-        fetch_model()
-    assert files_under(cache) == []
-
-
-def test_hub_truncated_file_is_refused(hub_server: Server, cache: Path) -> None:
-    hub_server.answers[ADDRESS] = send(
-        CONTENT[:5000], declared=len(CONTENT), X_Linked_ETag=f'"{DIGEST}"'
-    )
-    with pytest.raises(fetch.UnavailableError, match=r"5000|IncompleteRead"):
-        fetch_model()
-    assert files_under(cache) == []
-
-
-def test_hub_missing_file_is_named(hub_server: Server) -> None:
-    with pytest.raises(fetch.UnavailableError, match=r"v1/model.safetensors: HTTP Error 404"):
-        fetch_model()
-
-
-def test_unreachable_hub_names_the_setting(
-    unreachable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", unreachable)
-    with pytest.raises(fetch.UnavailableError, match="HF_ENDPOINT"):
-        fetch_model()
-
-
-def test_corrupt_cached_hub_file_is_fetched_again(hub_server: Server) -> None:
-    hub_server.answers[ADDRESS] = send(CONTENT, X_Linked_ETag=f'"{DIGEST}"')
-    fetch_model().write_bytes(WRONG)
-    assert fetch_model().read_bytes() == CONTENT
-    assert hub_server.asked == [ADDRESS, ADDRESS]
-
-
-@pytest.mark.parametrize(
-    ("repo", "filename", "revision"),
-    [
-        ("model", "model.safetensors", "v1"),
-        ("../model", "model.safetensors", "v1"),
-        ("owner/model", "../../model.safetensors", "v1"),
-        ("owner/model", "/etc/model.safetensors", "v1"),
-        ("owner/model", "model.safetensors", "../v1"),
-        ("owner/model", "model.safetensors", ""),
-    ],
-)
-def test_hub_names_cannot_leave_the_cache(repo: str, filename: str, revision: str) -> None:
-    with pytest.raises(ValueError, match="hub"):
-        hub.fetch_hub(repo, filename, revision)
 
 
 # The real sources.
