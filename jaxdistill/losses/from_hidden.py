@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxdistill.kernels import linear_cross_entropy, linear_divergence
 from jaxdistill.losses import checks
 
+__all__ = ["cross_entropy", "forward_kl", "log_probs", "reverse_kl"]
+
 
 def cross_entropy(
     hidden: jax.typing.ArrayLike,

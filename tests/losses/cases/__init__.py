@@ -1,0 +1,1 @@
+"""One module a family of losses, each with the tuple `CASES`."""
