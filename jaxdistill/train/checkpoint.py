@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 
 class FingerprintMismatch(ValueError):
-    """The checkpoint was made from other data, other frozen parameters or another seed."""
+    """The checkpoint was made from other data, frozen parameters, settings or another model."""
 
 
 class CheckpointError(RuntimeError):
@@ -80,7 +80,7 @@ class Checkpointer:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict()),
             data=ocp.args.JsonSave(dict(data_state)),
-            fingerprint=ocp.args.JsonSave(dict(fingerprint)),
+            fingerprint=ocp.args.JsonSave({**fingerprint, "state": _describe(state)}),
         )
         self._manager.save(step, args=items, force=True)
 
@@ -90,11 +90,11 @@ class Checkpointer:
         Args:
             target: a state, or a TrainState of `jax.ShapeDtypeStruct`, with the shapes, types and
                 shardings to restore to; the mesh need not be the one the checkpoint was saved on.
-            fingerprint: of this run; it must equal the saved one.
+            fingerprint: of this run; it must equal the saved one, and so must types and shapes.
 
         Raises:
-            FingerprintMismatch: the fingerprints differ; the message lists where.
-            CheckpointError: there are checkpoints but all are damaged or of another model.
+            FingerprintMismatch: they differ; the message lists where.
+            CheckpointError: there are checkpoints but all are damaged.
         """
         self.wait()
         errors: dict[int, Exception] = {}
@@ -112,8 +112,8 @@ class Checkpointer:
         if errors:
             newest = max(errors)
             raise CheckpointError(
-                f"none of the checkpoints {sorted(errors)} in {self._directory} can be restored "
-                f"into this model and optimizer; step {newest} says: {errors[newest]}"
+                f"none of the checkpoints {sorted(errors)} in {self._directory} can be read; step "
+                f"{newest} says: {_first_line(errors[newest])}; remove the folder to start over"
             ) from errors[newest]
         return None
 
@@ -141,12 +141,12 @@ class Checkpointer:
                 data=ocp.args.JsonRestore(), fingerprint=ocp.args.JsonRestore()
             ),
         )
-        as_saved = json.loads(json.dumps(fingerprint))  # tuples become lists
-        if differences := configs.diff(described.fingerprint, as_saved):
+        now = {**json.loads(json.dumps(fingerprint)), "state": _describe(target)}
+        if differences := configs.diff(described.fingerprint, now):
             raise FingerprintMismatch(
                 f"the checkpoint of step {step} in {self._directory} was made from something else "
-                f"(saved -> now: {'; '.join(differences)}); go on with what it was made from, or "
-                "start in a new folder"
+                f"(saved -> now: {'; '.join(differences[:8])}{'; ...' * (len(differences) > 8)}); "
+                "go on with what it was made from, or start in a new folder"
             )
         abstract = jax.tree.map(_abstract, target._asdict())
         arrays = self._manager.restore(
@@ -159,12 +159,27 @@ class Checkpointer:
         for step, error in errors.items():
             path = self._directory / str(step)
             aside = self._directory / f"damaged-{step}"
-            _logger.warning("skipped the damaged checkpoint %s, now %s: %s", path, aside, error)
+            reason = _first_line(error)
+            _logger.warning("skipped the damaged checkpoint %s, now %s: %s", path, aside, reason)
             if aside.exists():
                 aside.rmtree()
             path.rename(aside)
         if errors:
             self._manager.reload()
+
+
+def _first_line(error: Exception) -> str:
+    """The start of what orbax says; the rest may be pages of storage options."""
+    return str(error).partition("\n")[0][:300] or type(error).__name__
+
+
+def _describe(state: TrainState) -> dict[str, str]:
+    """Type and shape of every array by its path, to tell another model or optimizer by."""
+    leaves = jax.tree_util.tree_flatten_with_path(state._asdict())[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
