@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.convert.gguf_header import Header, TensorInfo, read_header
-from jaxdistill.convert.mapping import LazyTensor, assemble, numpy_dtype, slots
+from jaxdistill.convert.mapping import LazyTensor, assemble, make_config, numpy_dtype, slots
 from jaxdistill.data.tokenizers import FastTokenizer, byte_level_bpe, scored_bpe
 from jaxdistill.models.config import DecoderConfig, RopeScaling
 from jaxdistill.models.rope import frequencies
@@ -210,7 +210,8 @@ def _read_config(
     embedding = header.tensors.get("token_embd.weight")
     rows = embedding.shape[0] if embedding else fields["vocab_size"]
     biased = {name for name in header.tensors if name.endswith(".bias")}
-    return DecoderConfig(
+    return make_config(
+        path,
         vocab_size=rows,
         width=width,
         num_layers=fields["block_count"],
@@ -257,6 +258,8 @@ class _Fields:
             raise ValueError(
                 f"{self._path}: the GGUF metadata has no llama.{key}; convert the model again"
             )
+        if not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{self._path}: llama.{key} should be positive but is {value!r}")
         return value
 
     def get(self, key: str, default: Any) -> Any:

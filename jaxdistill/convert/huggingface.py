@@ -5,7 +5,9 @@ runs whatever program its author put in it.
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -195,11 +197,12 @@ def _write_weights(
     """Write model.safetensors: uint64 header length, JSON header, then the tensors in a row."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name, values in _tensors(config, leaves):
-        size = values.size * numpy_dtype(dtype).itemsize
+    unpadded = dataclasses.replace(config, padded_vocab_size=None)
+    for name, _, _, slot in placements(unpadded, _NAMES):
+        size = math.prod(slot.file_shape) * numpy_dtype(dtype).itemsize
         header[name] = {
             "dtype": _STORED_AS[dtype],
-            "shape": list(values.shape),
+            "shape": list(slot.file_shape),
             "data_offsets": [position, position + size],
         }
         position += size
@@ -208,17 +211,17 @@ def _write_weights(
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for _, values in _tensors(config, leaves):
-            file.write(np.ascontiguousarray(values, numpy_dtype(dtype)).data)
+        for values in _tensors(config, leaves):
+            file.write(values.astype(numpy_dtype(dtype)).tobytes())
 
 
-def _tensors(config: DecoderConfig, leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name, values in the file's layout); one stacked leaf is on the host at a time."""
+def _tensors(config: DecoderConfig, leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    """Yield the values in the file's order and layout, one stacked leaf on the host at a time."""
     host_path, host = "", np.empty(0)
-    for name, path, layer, slot in placements(config, _NAMES):
+    for _, path, layer, slot in placements(config, _NAMES):
         if path != host_path:
             host_path, host = path, np.asarray(leaves[path])
         values = slot.to_file(host if layer is None else host[layer])
         # Only the vocabulary is ever padded, and it is the leading axis of its tables.
         is_table = path in ("embed/embedding", "head/kernel")
-        yield name, values[: config.vocab_size] if is_table else values
+        yield values[: config.vocab_size] if is_table else values

@@ -64,7 +64,7 @@ def read_config(values: Mapping[str, Any], source: pathlib.Path, dtype: str) -> 
         )
     except KeyError as error:
         raise ValueError(f"{source}: the Llama configuration has no {error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{source}: {error}") from error
 
 

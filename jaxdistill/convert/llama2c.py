@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.convert.mapping import LazyTensor, assemble, numpy_dtype, slots
+from jaxdistill.convert.mapping import LazyTensor, assemble, make_config, numpy_dtype, slots
 from jaxdistill.data.tokenizers import FastTokenizer, scored_bpe
 from jaxdistill.models.config import DecoderConfig
 
@@ -96,7 +96,8 @@ def _read_config(path: pathlib.Path, dtype: str) -> DecoderConfig:
             f"heads, kv heads, vocabulary, context) but this file starts with {list(sizes)}; it "
             "is another kind of file"
         )
-    return DecoderConfig(
+    return make_config(
+        path,
         vocab_size=abs(vocabulary),
         width=width,
         num_layers=layers,

@@ -70,6 +70,14 @@ def deinterleave(values: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
+def make_config(source: object, **fields: Any) -> DecoderConfig:
+    """A DecoderConfig whose errors name the file that its fields came from."""
+    try:
+        return DecoderConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: the file describes no usable model: {error}") from error
+
+
 def slots(config: DecoderConfig) -> dict[str, Slot]:
     """Every leaf of the decoder by path; those below "layers/" are given for one layer."""
     vocabulary = (config.embedding_rows, config.width)
@@ -195,6 +203,11 @@ def check_tensors(
     source: str,
 ) -> None:
     """Refuse a file whose tensors are not exactly those of the model it says it holds."""
+    if config.num_layers > len(tensors):
+        raise ValueError(
+            f"{source}: the configuration asks for {config.num_layers} layers but the file has "
+            f"{len(tensors)} tensors in all; the file is incomplete or corrupt"
+        )
     expected = {name: slot.file_shape for name, _, _, slot in placements(config, names)}
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(
