@@ -27,7 +27,7 @@ class Recipe(NamedTuple):
     name: str
     family: str
     title: str
-    paper: str
+    papers: tuple[str, ...]
     presets: tuple[str, ...]
     verdict: str
     description: str
@@ -66,12 +66,12 @@ def _read(path: pathlib.Path, folder: pathlib.Path) -> Recipe | None:
         return None
     parts = path.relative_to(folder).with_suffix("").parts
     name, description = ".".join(parts), ast.get_docstring(tree) or ""
-    paper = re.search(r"arxiv(?:\.org/abs/|:\s*)(\d{4}\.\d{4,5})", description, re.IGNORECASE)
+    papers = re.findall(r"arxiv(?:\.org/abs/|:?\s*)(\d{4}\.\d{4,5})", description, re.IGNORECASE)
     return Recipe(
         name=name,
         family=".".join(parts[:-1]) or "-",
         title=description.partition("\n")[0],
-        paper=paper[1] if paper else "-",
+        papers=tuple(dict.fromkeys(papers)),
         presets=presets,
         verdict=_verdict(folder / "results" / f"{name}.json"),
         description=description,
@@ -101,8 +101,8 @@ def _table(recipes: Sequence[Recipe]) -> rich.table.Table:
     table.add_column("presets")
     table.add_column("what it does")
     for recipe in recipes:
-        name, family, title, paper, presets, verdict, _ = recipe
-        cells = (name, family, paper, verdict, ", ".join(presets), title)
+        name, family, title, papers, presets, verdict, _ = recipe
+        cells = (name, family, "\n".join(papers) or "-", verdict, "\n".join(presets), title)
         table.add_row(*map(rich.markup.escape, cells))
     return table
 

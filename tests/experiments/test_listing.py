@@ -10,7 +10,8 @@ from experiments import __main__ as listing
 
 RECIPE = '''"""Heals a pruned model.
 
-The paper is https://arxiv.org/abs/2410.09982 and says [more]; see also arXiv:1503.02531.
+The paper is https://arxiv.org/abs/2410.09982 and says [more]; see also arXiv 1503.02531
+and again arXiv:2410.09982.
 """
 import nothing_of_this_name
 
@@ -46,7 +47,7 @@ def test_recipes_are_found_and_read(folder: pathlib.Path) -> None:
         name="distill.heal",
         family="distill",
         title="Heals a pruned model.",
-        paper="2410.09982",
+        papers=("2410.09982", "1503.02531"),
         presets=("cpu", "v5e-64"),
         verdict="-",
         description=ast.get_docstring(ast.parse(RECIPE)) or "",
@@ -54,11 +55,11 @@ def test_recipes_are_found_and_read(folder: pathlib.Path) -> None:
     assert recipes["distill.deep.plain"][1:-1] == (
         "distill.deep",
         "Plain arXiv: 1503.02531v1",
-        "1503.02531",
+        ("1503.02531",),
         (),
         "-",
     )
-    assert recipes["quick"][1:-1] == ("-", "", "-", ("cpu",), "held")
+    assert recipes["quick"][1:-1] == ("-", "", (), ("cpu",), "held")
 
 
 def test_list_is_a_table_and_tells_how_to_run(
@@ -67,14 +68,9 @@ def test_list_is_a_table_and_tells_how_to_run(
     assert listing.main([], folder) == 0
     shown = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines()]
-    assert [
-        "distill.heal",
-        "distill",
-        "2410.09982",
-        "-",
-        "cpu, v5e-64",
-        "Heals a pruned model.",
-    ] in rows
+    title = "Heals a pruned model."
+    assert ["distill.heal", "distill", "2410.09982", "-", "cpu", title] in rows
+    assert ["", "", "1503.02531", "", "v5e-64", ""] in rows
     assert ["quick", "-", "-", "held", "cpu", ""] in rows
     assert "python -m experiments.NAME" in shown
 
