@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.nn import log_sigmoid
 
@@ -32,7 +33,7 @@ def gaussian_log_prob(sample: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> j
       `[B]`, float32, nats per dimension.
 
     Raises:
-      ValueError: an argument of the wrong shape or type.
+      ValueError: an argument of the wrong shape or type, or a scale that is not above 0.
 
     Source: PSO, arXiv 2410.03190.
 
@@ -45,6 +46,11 @@ def gaussian_log_prob(sample: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> j
     sample = lax.stop_gradient(as_log_prob("sample", sample))
     mean = as_log_prob("mean", mean, sample.shape)
     scale = as_log_prob("scale", scale, sample.shape[:1])
+    if checks.is_concrete(scale) and not (np.asarray(scale) > 0).all():
+        raise ValueError(
+            f"scale must be above 0, but its least is {np.asarray(scale).min()}: leave out a "
+            "deterministic step, which has no density"
+        )
     error = jnp.square(sample - mean).reshape(sample.shape[0], -1).mean(axis=1)
     return -0.5 * error / jnp.square(scale) - jnp.log(scale) - 0.5 * math.log(2 * math.pi)
 
@@ -89,8 +95,8 @@ def pso_online(
       >>> from jaxdistill.losses import pso_online
       >>> first, second = np.array([-1.38, -0.4]), np.array([-1.42, -1.4])
       >>> reference = np.full(2, -1.4)
-      >>> print(pso_online(first, second, reference, reference, np.array([1.0, -1.0])).round(4))
-      [0.1269 4.774 ]
+      >>> print(pso_online(first, second, reference, reference, np.array([1.0, -1.0])).round(3))
+      [0.127 4.774]
     """
     checks.check_positive("beta", beta)
     checks.check_between("clip", clip, 0.0, math.nextafter(1.0, 0.0))
@@ -147,9 +153,9 @@ def pso_offline(
     Example:
       >>> import numpy as np
       >>> from jaxdistill.losses import pso_offline
-      >>> chosen, rejected = np.array([0.5]), np.array([0.2])
-      >>> print(pso_offline(chosen, rejected, chosen, rejected).round(4))  # log 2 + 0.2
-      [0.8931]
+      >>> chosen, rejected = np.array([0.5]), np.array([0.25])
+      >>> print(pso_offline(chosen, rejected, chosen, rejected).round(3))  # log 2 + 0.25
+      [0.943]
     """
     checks.check_positive("beta", beta)
     chosen, rejected, weight, prior = _errors(

@@ -97,8 +97,8 @@ def dpo(
       >>> chosen, rejected = np.array([-3.0, -8.0]), np.array([-5.0, -4.0])
       >>> print(dpo(chosen, rejected, chosen, rejected).round(4))  # log 2 at the start
       [0.6931 0.6931]
-      >>> print(dpo(chosen + 10, rejected, chosen, rejected).round(4))  # -log s(0.1 * 10)
-      [0.3133 0.3133]
+      >>> print(dpo(chosen + 20, rejected, chosen, rejected).round(4))  # -log s(0.1 * 20)
+      [0.1269 0.1269]
     """
     checks.check_option("variant", variant, tuple(_VARIANTS))
     options = _check_options(variant, beta, label_smoothing, discopop_temperature)
@@ -217,9 +217,9 @@ def kto(
     Example:
       >>> import numpy as np
       >>> from jaxdistill.losses import kto
-      >>> gains = np.array([10.0, 10.0])  # nats over the reference: right for one, wrong for two
+      >>> gains = np.array([10.0, 0.0])  # nats over the reference
       >>> print(kto(gains, np.zeros(2), np.array([True, False]), 0.0).round(4))
-      [0.2689 0.7311]
+      [0.2689 0.5   ]
     """
     checks.check_positive("beta", beta)
     checks.check_between("desirable_weight", desirable_weight, 0.0, math.inf)

@@ -62,8 +62,8 @@ def orpo(
       >>> from jaxdistill.losses import orpo
       >>> chosen, rejected = np.array([-2.0, -2.0]), np.array([-2.0, 0.0])
       >>> length = np.array([2, 2])
-      >>> print(orpo(chosen, rejected, length, np.array([2, 0])).round(4))  # 1 + 0.1 log 2, finite
-      [1.0693 2.4357]
+      >>> print(orpo(chosen, rejected, length, np.array([2, 0])).round(3))  # 1 + 0.1 log 2, finite
+      [1.069 2.436]
     """
     checks.check_between("beta", beta, 0.0, math.inf)
     chosen, rejected = _averages(chosen_log_prob, rejected_log_prob, chosen_length, rejected_length)
@@ -206,7 +206,7 @@ def redi(
       >>> import numpy as np
       >>> from jaxdistill.losses import redi
       >>> length = np.array([2])
-      >>> print(redi(np.array([-2.0]), np.array([-4.0]), length, length).round(4))  # 1 - 0.8 * 2
+      >>> print(redi(np.array([-2.0]), np.array([-4.0]), length, length).round(3))  # 1 - 0.8 * 2
       [-0.6]
     """
     checks.check_between("alpha", alpha, 0.0, 1.0)
