@@ -166,11 +166,11 @@ def _print_help(experiment: Experiment, arguments: Sequence[str]) -> NoReturn:
         config = parse(experiment, arguments).config
     except ValueError:
         config = next(iter(experiment.presets.values()))
+    print(experiment.description, end="\n\n")  # tyro would join its lines
     tyro.cli(
         _parser(experiment, list(configs.options(config))),
         args=["--help"],
         prog=f"python -m {experiment.name}",
-        description=experiment.description,
     )
     raise SystemExit(0)
 
