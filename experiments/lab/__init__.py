@@ -1,0 +1,1 @@
+"""What the recipes share: measuring a model, and later tiny tasks and cached base models."""
