@@ -124,12 +124,7 @@ def split_documents(
     """
     count = held_out if isinstance(held_out, int) else round(held_out * len(documents))
     keys = [_content_key(document, seed) for document in documents]
-    chosen: set[str] = set()
-    taken = 0
-    for key in sorted(keys):
-        if taken < count or key in chosen:
-            chosen.add(key)
-            taken += 1
+    chosen = set(sorted(keys)[: max(count, 0)])
     parts = [], []  # type: tuple[list[str], list[str]]
     for document, key in zip(documents, keys, strict=True):
         parts[key in chosen].append(document)
@@ -143,4 +138,4 @@ def split_documents(
 
 def _content_key(document: str, seed: int) -> str:
     text = " ".join(document.split()).casefold()
-    return hashlib.sha256(f"{seed}\0{text}".encode()).hexdigest()
+    return hashlib.sha256(f"{seed}\0{text}".encode(errors="surrogatepass")).hexdigest()

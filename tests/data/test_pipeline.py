@@ -271,7 +271,10 @@ def test_state_of_other_content_is_refused(make: Any, part: int) -> None:
 
 
 def test_content_hash_sees_where_examples_end(make: Any) -> None:
-    first, second = make(examples_of([2, 3])), make(examples_of([3, 2]))
+    def zeros(size: int) -> Example:  # tokens and masks of the same bytes
+        return Example(np.zeros(size, np.int32), np.zeros(size, np.float32))
+
+    first, second = make([zeros(4)]), make([zeros(2), zeros(2)])
     assert first.fingerprint["content"] != second.fingerprint["content"]
 
 
