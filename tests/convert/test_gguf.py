@@ -11,7 +11,7 @@ from jaxdistill.convert import gguf, gguf_header
 from jaxdistill.models.config import RopeScaling
 from jaxdistill.models.rope import frequencies
 from tests.convert import reference
-from tests.convert.test_llama2c import decoder_logits
+from tests.convert.decoding import decoder_logits
 
 # K-quants come in blocks of 256, so every matrix has a multiple of 256 columns.
 SIZES = reference.Sizes(width=256, heads=8, kv_heads=2, head_dim=32, mlp=256, theta=500.0)
@@ -167,8 +167,7 @@ def test_every_type_becomes_the_numbers_it_stands_for(tmp_path, kind):
     np.testing.assert_allclose(found / scale, expected / scale, atol=2e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize(("tied", "biases"), [(True, True), (False, False)])
 def test_head_and_biases_follow_the_tensors(tmp_path, tied, biases):
     sizes = reference.Sizes(tied=tied, biases=biases)
     weights = reference.random_weights(sizes)

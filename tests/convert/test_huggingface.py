@@ -3,8 +3,7 @@
 import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -13,10 +12,9 @@ from safetensors.numpy import save_file
 from jaxdistill.convert import huggingface
 from jaxdistill.convert.mapping import flatten
 from jaxdistill.data import tokenizers
-from jaxdistill.models import decoder
 from jaxdistill.models.config import DecoderConfig, RopeScaling
 from tests.convert import reference
-from tests.convert.test_llama2c import decoder_logits
+from tests.convert.decoding import decoder_logits, random_params
 
 SIZES = reference.Sizes()
 TOKENS = np.array([1, 5, 39, 0, 7, 7, 20, 3])
@@ -54,8 +52,7 @@ def write_folder(directory, sizes=SIZES, weights=None, **changes):
     return directory
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize(("tied", "biases"), [(True, True), (False, False)])
 def test_logits_equal_a_half_split_reference(tmp_path, tied, biases):
     sizes = reference.Sizes(tied=tied, biases=biases)
     config, params = huggingface.load(write_folder(tmp_path / "model", sizes))
@@ -101,7 +98,7 @@ def test_shards_are_joined(tmp_path):
 )  # fmt: skip
 def test_export_then_load_is_exact(tmp_path, changes):
     config = dataclasses.replace(CONFIG, **changes)
-    params = decoder.init(config, jax.random.key(0))
+    params = random_params(config)
     huggingface.export(tmp_path, config, params)
     loaded_config, loaded = huggingface.load(tmp_path)
     assert loaded_config == dataclasses.replace(config, padded_vocab_size=None)
@@ -113,7 +110,7 @@ def test_export_then_load_is_exact(tmp_path, changes):
 
 
 def test_dtype_of_the_file_and_of_the_parameters(tmp_path):
-    params = decoder.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     huggingface.export(tmp_path, CONFIG, params, dtype="bfloat16")
     with safe_open(tmp_path / "model.safetensors", framework="np") as file:
         stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -121,10 +118,10 @@ def test_dtype_of_the_file_and_of_the_parameters(tmp_path):
     assert stored == {"BF16"}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     _, loaded = huggingface.load(tmp_path)
-    rounded = params["embed"]["embedding"].astype(jnp.bfloat16).astype(jnp.float32)
+    rounded = params["embed"]["embedding"].astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(loaded["embed"]["embedding"], rounded)
     _, half = huggingface.load(tmp_path, dtype="bfloat16")
-    assert half["embed"]["embedding"].dtype == jnp.bfloat16
+    assert half["embed"]["embedding"].dtype == ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -164,7 +161,7 @@ def small_tokenizer():
 
 
 def test_export_writes_the_tokenizer_and_its_ids(tmp_path):
-    params = decoder.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     huggingface.export(tmp_path, CONFIG, params, small_tokenizer())
     assert {file.name for file in tmp_path.iterdir()} == {
         "config.json",
@@ -180,7 +177,7 @@ def test_export_writes_the_tokenizer_and_its_ids(tmp_path):
 
 
 def test_a_failed_export_leaves_the_old_files(tmp_path, monkeypatch):
-    params = decoder.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     huggingface.export(tmp_path, CONFIG, params)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
@@ -190,7 +187,7 @@ def test_a_failed_export_leaves_the_old_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface, "_write_weights", break_off)
     with pytest.raises(OSError, match="No space left"):
-        huggingface.export(tmp_path, CONFIG, decoder.init(CONFIG, jax.random.key(1)))
+        huggingface.export(tmp_path, CONFIG, random_params(CONFIG, seed=1))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -206,14 +203,14 @@ def test_a_failed_export_leaves_the_old_files(tmp_path, monkeypatch):
 )
 def test_models_that_llama_cannot_express_are_refused(tmp_path, changes, message):
     config = dataclasses.replace(CONFIG, **changes)
-    params = decoder.init(config, jax.random.key(0))
+    params = random_params(config)
     with pytest.raises(ValueError, match=message):
         huggingface.export(tmp_path / "out", config, params)
     assert not (tmp_path / "out").exists()
 
 
 def test_export_refuses_what_does_not_belong_together(tmp_path):
-    params = decoder.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     wider = dataclasses.replace(CONFIG, mlp_width=24)
     with pytest.raises(
         ValueError, match=r"'layers/mlp/gate/kernel' should have shape \[2, 8, 24\]"
@@ -224,9 +221,7 @@ def test_export_refuses_what_does_not_belong_together(tmp_path):
         huggingface.export(tmp_path / "out", untied, params)
     other = dataclasses.replace(CONFIG, vocab_size=500)
     with pytest.raises(ValueError, match=r"the tokenizer has 11 tokens but the model's .* 500"):
-        huggingface.export(
-            tmp_path / "out", other, decoder.init(other, jax.random.key(0)), small_tokenizer()
-        )
+        huggingface.export(tmp_path / "out", other, random_params(other), small_tokenizer())
     with pytest.raises(ValueError, match="dtype must be one of"):
         huggingface.export(tmp_path / "out", CONFIG, params, dtype="float8")
     assert not (tmp_path / "out").exists()

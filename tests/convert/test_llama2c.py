@@ -4,13 +4,13 @@ import dataclasses
 import struct
 import tarfile
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxdistill.convert import llama2c
-from jaxdistill.models import decoder
 from tests.convert import reference
+from tests.convert.decoding import decoder_logits
 
 SIZES = reference.Sizes(width=24, heads=6, kv_heads=2, head_dim=4, theta=10000.0)
 TOKENS = np.array([1, 5, 39, 0, 7, 7, 20, 3])
@@ -47,11 +47,6 @@ def checkpoint_bytes(weights, sizes):
     return struct.pack("<7i", *header) + b"".join(part.tobytes() for part in parts)
 
 
-def decoder_logits(config, params, tokens):
-    hidden = decoder.apply(params, jnp.asarray(tokens[None], jnp.int32), config).hidden
-    return np.asarray(decoder.logits(params, hidden, config))[0]
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_equal_an_interleaved_reference(tmp_path, tied):
     sizes = dataclasses.replace(SIZES, tied=tied)
@@ -69,7 +64,7 @@ def test_dtype_is_that_asked_for(tmp_path):
     path = tmp_path / "model.bin"
     path.write_bytes(checkpoint_bytes(reference.random_weights(SIZES), SIZES))
     config, params = llama2c.load(path, dtype="bfloat16")
-    assert params["layers"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+    assert params["layers"]["mlp"]["up"]["kernel"].dtype == ml_dtypes.bfloat16
     assert config.param_dtype == "bfloat16"
     with pytest.raises(ValueError, match="float32, float16, bfloat16, got 'int8'"):
         llama2c.load(path, dtype="int8")

@@ -1,0 +1,32 @@
+"""Our decoder on one sequence, compiled once per configuration."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.convert.mapping import flatten, nest
+from jaxdistill.models import decoder
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _logits(params, tokens, config):
+    return decoder.logits(params, decoder.apply(params, tokens, config).hidden, config)
+
+
+def decoder_logits(config, params, tokens):
+    """Logits [tokens, vocabulary] of one sequence of ids."""
+    return np.asarray(_logits(params, jnp.asarray(tokens, jnp.int32)[None], config))[0]
+
+
+def random_params(config, seed=0):
+    """Parameters of a configuration drawn by numpy: nothing to compile."""
+    generator = np.random.default_rng(seed)
+    leaves = flatten(decoder.abstract_params(config))
+    return nest(
+        {
+            path: generator.normal(size=leaf.shape).astype(np.float32)
+            for path, leaf in leaves.items()
+        }
+    )
