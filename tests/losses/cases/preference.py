@@ -2,6 +2,7 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import losses
@@ -50,6 +51,18 @@ def margin(*pair: np.ndarray) -> np.ndarray:
 
 def smoothed(h: np.ndarray, e: float) -> np.ndarray:
     return (1 - e) * L(h) + e * L(-h)
+
+
+def smoothed_sigmoid(*pair: np.ndarray) -> np.ndarray:
+    return smoothed(margin(*pair), 0.1)
+
+
+def hinge(*pair: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - margin(*pair), 0)
+
+
+def robust(*pair: np.ndarray) -> np.ndarray:
+    return (0.9 * L(margin(*pair)) - 0.1 * L(-margin(*pair))) / 0.8
 
 
 def nca(*pair: np.ndarray) -> np.ndarray:
@@ -147,6 +160,19 @@ def redi(chosen, rejected, chosen_length, rejected_length):
     return -chosen / chosen_length + 0.8 * rejected / rejected_length
 
 
+def together(*settings: dict):
+    """DPO under several settings, stacked on the last axis: one program to compile for all."""
+
+    def call(*pair, **lengths):
+        return jnp.stack([losses.dpo(*pair, **setting, **lengths) for setting in settings], -1)
+
+    return call
+
+
+def each(*oracles):
+    return lambda *pair: np.stack([oracle(*pair) for oracle in oracles], -1)
+
+
 def with_lengths(loss):
     """`loss` with the lengths of both answers after its four log-probabilities."""
 
@@ -157,55 +183,58 @@ def with_lengths(loss):
     return call
 
 
-def variant(name: str, oracle, **options) -> Case:
-    return Case(
-        "/".join(["dpo", ",".join([name, *options])]),
-        functools.partial(losses.dpo, variant=name, beta=BETA, **options),
-        oracle,
+# Settings of gradients of one size stand together, or the large would hide the small.
+DPO = (
+    Case("dpo", losses.dpo, lambda *pair: L(margin(*pair)), pairs, differentiable=POLICY),
+    Case(
+        "dpo/bounded gradient",
+        together(
+            {"variant": "sigmoid", "label_smoothing": 0.1},
+            {"variant": "hinge"},
+            {"variant": "robust", "label_smoothing": 0.1},
+            {"variant": "exo", "label_smoothing": 0.1},
+            {"variant": "nca"},
+            {"variant": "bco"},
+            {"variant": "apo_zero"},
+            {"variant": "apo_down"},
+        ),
+        each(smoothed_sigmoid, hinge, robust, exo, nca, bco, apo_zero, apo_down),
         pairs,
         differentiable=POLICY,
-        rowwise=not name.startswith("aot"),
-    )
-
-
-VARIANTS = (
-    Case("dpo", losses.dpo, lambda *pair: L(margin(*pair)), pairs, differentiable=POLICY),
-    variant("sigmoid", lambda *pair: smoothed(margin(*pair), 0.1), label_smoothing=0.1),
-    variant("hinge", lambda *pair: np.maximum(1 - margin(*pair), 0)),
-    variant("ipo", ipo),
-    variant(
-        "robust",
-        lambda *pair: (0.9 * L(margin(*pair)) - 0.1 * L(-margin(*pair))) / 0.8,
-        label_smoothing=0.1,
     ),
-    variant("exo", exo, label_smoothing=0.1),
-    variant("nca", nca),
-    variant("bco", bco),
-    variant("sppo", sppo),
-    variant("apo_zero", apo_zero),
-    variant("apo_down", apo_down),
-    variant("discopop", discopop),
-    variant("discopop", functools.partial(discopop, temperature=0.5), discopop_temperature=0.5),
-    variant("aot", aot, label_smoothing=0.1),
-    variant("aot_unpaired", aot_unpaired),
     Case(
-        "dpo/ipo,per token",
-        with_lengths(functools.partial(losses.dpo, variant="ipo")),
-        lambda *inputs: ipo(*per_token(*inputs)),
-        pairs_with_lengths,
+        "dpo/discopop",
+        together({"variant": "discopop"}, {"variant": "discopop", "discopop_temperature": 0.5}),
+        each(discopop, functools.partial(discopop, temperature=0.5)),
+        pairs,
         differentiable=POLICY,
+    ),
+    Case(
+        "dpo/squared",
+        together({"variant": "ipo"}, {"variant": "sppo"}),
+        each(ipo, sppo),
+        pairs,
+        differentiable=POLICY,
+    ),
+    Case(
+        "dpo/quantiles",
+        together({"variant": "aot", "label_smoothing": 0.1}, {"variant": "aot_unpaired"}),
+        each(aot, aot_unpaired),
+        pairs,
+        differentiable=POLICY,
+        rowwise=False,
     ),
     Case(
         "dpo/per token",
-        with_lengths(losses.dpo),
-        lambda *inputs: L(margin(*per_token(*inputs))),
+        with_lengths(together({"variant": "sigmoid"}, {"variant": "hinge"})),
+        lambda *inputs: each(lambda *pair: L(margin(*pair)), hinge)(*per_token(*inputs)),
         pairs_with_lengths,
         differentiable=POLICY,
     ),
 )
 
 CASES = (
-    *VARIANTS,
+    *DPO,
     Case(
         "rpo",
         functools.partial(losses.rpo, nll_weight=0.7),
@@ -222,13 +251,6 @@ CASES = (
         shared=(3,),
     ),
     Case("orpo", losses.orpo, orpo, answers_with_lengths, differentiable=POLICY),
-    Case(
-        "orpo/chosen_nll",
-        lambda *inputs: losses.orpo(*inputs[:4], chosen_nll=inputs[4]),
-        lambda *inputs: orpo(*inputs[:4]) + inputs[0] / inputs[2] + inputs[4],
-        lambda rng, rows: (*answers_with_lengths(rng, rows), rng.uniform(0, 3, rows)),
-        differentiable=(0, 1, 4),
-    ),
     Case(
         "simpo",
         functools.partial(losses.simpo, label_smoothing=0.1),
