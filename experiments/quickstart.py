@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import rich.table
 
 from experiments.lab.measure import (
+    Batch,
     Model,
     Results,
     answer,
@@ -191,10 +192,11 @@ def prune(teacher: Model, calibration: list[Example], config: Config) -> tuple[i
     """The first dropped layer, and the teacher without the block that begins there."""
 
     @jax.jit
-    def last_states(params: decoder.Params, batch: pipeline.Batch) -> jax.Array:
+    def last_states(params: decoder.Params, batch: Batch) -> jax.Array:
         taps = decoder.apply(
             params, batch["tokens"], teacher.config, segment_ids=batch["segment_ids"], taps=True
         ).taps
+        assert taps is not None  # they were asked for
         last = jnp.sum(batch["segment_ids"], axis=1) - 1
         return jnp.take_along_axis(taps, last[None, :, None, None], axis=2)[:, :, 0]
 
@@ -274,7 +276,7 @@ def heal(
 def cross_entropy_loss(config: decoder.DecoderConfig) -> loop.LossFunction:
     """-log p_student(next token), a mean over targets."""
 
-    def loss_fn(params: Any, batch: pipeline.Batch, key: jax.Array) -> Any:
+    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> Any:
         labels, mask = losses.shift(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
         hidden = hidden_states(params["student"], batch, config)
         values = losses.from_hidden.cross_entropy(
@@ -290,7 +292,7 @@ def distillation_loss(
 ) -> loop.LossFunction:
     """KL(teacher || student) of the next token, a mean over targets."""
 
-    def loss_fn(params: Any, batch: pipeline.Batch, key: jax.Array) -> Any:
+    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> Any:
         _, mask = losses.shift(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
         values = losses.from_hidden.forward_kl(
             hidden_states(params["student"], batch, config),

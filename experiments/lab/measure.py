@@ -4,20 +4,21 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
 from jaxdistill import losses
-from jaxdistill.data import chat
-from jaxdistill.data.pipeline import Batch
+from jaxdistill.data import chat, pipeline
 from jaxdistill.data.tokenizers import Tokenizer
 from jaxdistill.models import decoder
 from jaxdistill.models.config import DecoderConfig
 from jaxdistill.rollout import sampler
 from jaxdistill.workdir import write_atomically
+
+Batch = Mapping[str, jax.Array]  # a batch of the pipeline, once it is on the devices
 
 
 class Model(NamedTuple):
@@ -41,16 +42,19 @@ class Sample(NamedTuple):
     tokens_per_second: float
 
 
-def quality(model: Model, teacher: Model, batches: Iterable[Batch]) -> Quality:
+def quality(model: Model, teacher: Model, batches: Iterable[pipeline.Batch]) -> Quality:
     """Perplexity and KL to the teacher over every target token of the batches."""
-    zero = losses.Weighted(0.0, 0.0)
-    negative_log_prob, kl = zero, zero
-    for batch in batches:
-        sums = _score(model.params, teacher.params, batch, model.config, teacher.config)
-        # Summed in Python's float64: float32 would lose digits over many batches.
-        batch_nll, batch_kl = jax.tree.map(float, sums)
-        negative_log_prob, kl = negative_log_prob + batch_nll, kl + batch_kl
-    return Quality(math.exp(negative_log_prob.mean()), float(kl.mean()))
+    scores = [
+        jax.device_get(_score(model.params, teacher.params, batch, model.config, teacher.config))
+        for batch in batches
+    ]
+    negative_log_prob, kl = (_mean(column) for column in zip(*scores, strict=True))
+    return Quality(math.exp(negative_log_prob), kl)
+
+
+def _mean(parts: Sequence[losses.Weighted]) -> float:
+    """The mean over all parts; added in float64, since float32 loses digits over many batches."""
+    return float(sum(float(p.sum) for p in parts) / sum(float(p.weight) for p in parts))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "teacher_config"))

@@ -20,31 +20,20 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import grain
 import numpy as np
 
 from jaxdistill.data import packing as packing_lib
 from jaxdistill.data.packing import Example
+from jaxdistill.data.tokenizers.interface import Tokenizer
 
 Batch = dict[str, np.ndarray]
 TRANSFORMS_VERSION = 1  # raise it whenever the same arguments give other batches
 
 
-class TextTokenizer(Protocol):
-    """The part of a tokenizer that the pipeline needs."""
-
-    bos_id: int | None
-    eos_id: int | None
-    fingerprint: str
-
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]: ...
-
-
-def tokenize(
-    texts: Sequence[str], tokenizer: TextTokenizer, *, add_bos: bool = False
-) -> list[Example]:
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer, *, add_bos: bool = False) -> list[Example]:
     """Tokenize documents, each ended by the end-of-sequence token; every token is a target.
 
     Args:
