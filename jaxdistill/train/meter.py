@@ -26,8 +26,8 @@ class Pending(NamedTuple):
 class Meter:
     """Reads the metrics of step n after step n + 1 was started, so that the device never waits.
 
-    Rows get two more values: input_wait_seconds, and tokens_per_second between the ends of two
-    steps (absent where compilation, evaluation or a checkpoint came in between).
+    Rows get two more values: input_wait_seconds, and tokens_per_second, the wait for the next batch
+    included (absent in a row that `flush` reports, since no batch is waited for then).
 
     Args:
         writer: takes the rows.
@@ -49,38 +49,35 @@ class Meter:
         self._in_a_row = 0
         self._first_bad = ""
         self._pending: Pending | None = None
-        self._previous_end: float | None = None
+        self._began = 0.0
 
     def push(
         self, step: int, metrics: dict[str, jax.Array], tokens: int, input_wait: float
     ) -> None:
         """Takes the metrics of a step that was just started, and reports the one before it."""
-        self._report()
+        if self._pending is not None:
+            self._report(self._pending, timed=True)
+        self._began = time.perf_counter()
         self._pending = Pending(step, metrics, tokens, input_wait)
 
     def flush(self) -> None:
-        """Reports the step that is pending; the clock starts anew after the interruption."""
-        self._report()
-        self._previous_end = None
+        """Reports the step that is pending."""
+        if self._pending is not None:
+            self._report(self._pending, timed=False)
+        self._pending = None
         self._writer.flush()
 
-    def _report(self) -> None:
-        if self._pending is None:
-            return
-        step, metrics, tokens, input_wait = self._pending
-        self._pending = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        row = {"loss": values.pop("loss"), **values, "input_wait_seconds": input_wait}
-        end = time.perf_counter()
-        if tokens and self._previous_end is not None:
-            row["tokens_per_second"] = tokens / (end - self._previous_end)
-        self._previous_end = end
-        self._writer.write(step, row)
+    def _report(self, pending: Pending, *, timed: bool) -> None:
+        """Waits for the step to end, then writes its row and moves the bar."""
+        values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        row = {"loss": values.pop("loss"), **values, "input_wait_seconds": pending.input_wait}
         shown: dict[str, Any] = {"loss": row["loss"]}
-        if "tokens_per_second" in row:
-            shown["speed"] = row["tokens_per_second"]
-        self._bar.update(self._task, completed=step, **shown)
-        self._check_finite(step, row)
+        if timed and pending.tokens:
+            seconds = time.perf_counter() - self._began
+            row["tokens_per_second"] = shown["speed"] = pending.tokens / seconds
+        self._writer.write(pending.step, row)
+        self._bar.update(self._task, completed=pending.step, **shown)
+        self._check_finite(pending.step, row)
 
     def _check_finite(self, step: int, row: dict[str, float]) -> None:
         """Counts skipped steps in a row; raises at `max_skipped`."""
