@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -43,22 +44,24 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long and how to train.
-
-    steps: in all, resumed ones included. seed: of the random numbers in the loss. accumulation:
-    microbatches a step. max_grad_norm: clips the gradient's global norm. evaluate_every and
-    checkpoint_every: steps; both also happen after the last one. keep: how many checkpoints stay.
-    max_skipped: so many steps in a row that are not finite end the run.
-    """
+    """How long and how to train."""
 
     steps: int
+    """steps in all, those before a resume included"""
     seed: int = 0
+    """of the random numbers in the loss"""
     accumulation: int = 1
+    """microbatches a step; the gradient is that of the whole batch"""
     max_grad_norm: float | None = 1.0
+    """a longer gradient is scaled down to this norm"""
     evaluate_every: int | None = None
+    """steps between evaluations; there is always one after the last step"""
     checkpoint_every: int = 100
+    """steps between checkpoints; there is always one after the last step"""
     keep: int = 2
+    """how many of the newest checkpoints stay"""
     max_skipped: int = 10
+    """so many steps in a row with a loss or gradient that is not finite end the run"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "checkpoint_every", "keep", "max_skipped"):
@@ -106,7 +109,7 @@ def fit(
         FingerprintMismatch: the workdir's checkpoint was made from other data, frozen parameters
             or training settings.
     """
-    frozen = {} if frozen is None else frozen
+    frozen = jax.tree.map(jnp.asarray, {} if frozen is None else dict(frozen))
     with ExitStack() as stack:
         state = init_state(params, optimizer)
         checkpointer = None
@@ -138,16 +141,19 @@ def fit(
             state, metrics = step(state, frozen, _place(batch, batch_sharding))
             meter.push(number, metrics, _count_tokens(batch), wait)
 
-            last, stopping = number == config.steps, bool(signals)
+            last = number == config.steps
             if evaluate is not None and (last or _is_due(number, config.evaluate_every)):
                 meter.flush()
                 writer.write(number, evaluate(merge(state.params, frozen), number))
+            stopping = bool(signals)
             if last or stopping or _is_due(number, config.checkpoint_every):
                 meter.flush()
                 if checkpointer is not None:
                     checkpointer.save(state, batches.get_state(), fingerprint)
             if stopping:
-                raise _preempted(run, number, signals[0], checkpointer)
+                break
+        if signals:
+            raise _preempted(run, number, signals[0], checkpointer)
     return state
 
 

@@ -12,25 +12,30 @@ import optax
 class OptimizerConfig:
     """What to optimise with.
 
-    name: adamw, adam, sgd (momentum b1), lion or adafactor. learning_rate: the peak. schedule: its
-    shape after `warmup_steps` linear steps. final_fraction: of the peak, at the end of the decay.
-    decay_fraction: of all steps, spent decaying (warmup-stable-decay only). weight_decay:
-    decoupled, scaled by the learning rate; norms, scales and biases are not decayed.
-
     >>> OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=10).name
     'adamw'
     """
 
     name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
+    """the method"""
     learning_rate: float = 1e-3
+    """the peak"""
     schedule: Literal["constant", "cosine", "linear", "warmup-stable-decay"] = "cosine"
+    """how the learning rate goes on after the warm-up"""
     warmup_steps: int = 0
+    """steps of linear increase to the peak"""
     final_fraction: float = 0.0
+    """of the peak, at the end of the decay"""
     decay_fraction: float = 0.1
+    """of all steps, spent decaying (warmup-stable-decay only)"""
     b1: float = 0.9
+    """decay of the first moment; the momentum of sgd"""
     b2: float = 0.999
+    """decay of the second moment"""
     epsilon: float = 1e-8
+    """keeps adam's divisor from zero"""
     weight_decay: float = 0.0
+    """times the learning rate; norms, scales and biases are not decayed"""
 
     def __post_init__(self) -> None:
         for field, names in (("name", _DIRECTIONS), ("schedule", _DECAYS)):

@@ -131,7 +131,18 @@ def test_a_signal_saves_the_step_and_raises_preempted(tmp_path, number, code):
     assert (tmp_path / "checkpoints/tiny/3").is_dir()
 
 
-def test_a_second_signal_goes_to_whoever_had_it_before(monkeypatch):
+def test_a_signal_during_the_last_evaluation_is_not_forgotten(tmp_path):
+    def evaluate(params, step):
+        signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    config = short(3, evaluate_every=None)
+    with pytest.raises(Preempted, match="after step 3; it is saved"):
+        tiny_run.run(Workdir(tmp_path), config=config, evaluate=evaluate)
+    assert int(tiny_run.run(Workdir(tmp_path), config=config).step) == 3
+
+
+def test_a_second_signal_goes_to_whoever_had_it_before():
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append("mine"))
 
