@@ -100,7 +100,7 @@ def dpo(
       >>> print(dpo(chosen + 20, rejected, chosen, rejected).round(4))  # -log s(0.1 * 20)
       [0.1269 0.1269]
     """
-    checks.check_option("variant", variant, tuple(_VARIANTS))
+    checks.check_option("variant", variant, tuple(VARIANTS))
     options = _check_options(variant, beta, label_smoothing, discopop_temperature)
     policy = check_pair("", chosen_log_prob, rejected_log_prob)
     reference = check_pair("reference_", reference_chosen_log_prob, reference_rejected_log_prob)
@@ -114,7 +114,7 @@ def dpo(
         rejected = _with_ranks_of(chosen, frozen[0] - frozen[1])
     elif variant == "aot_unpaired":
         rejected = _with_ranks_of(chosen, rejected)
-    return _VARIANTS[variant](options.beta * chosen, options.beta * rejected, options)
+    return VARIANTS[variant](options.beta * chosen, options.beta * rejected, options)
 
 
 def rpo(
@@ -323,7 +323,7 @@ def _sppo(chosen: jax.Array, rejected: jax.Array, options: _Options) -> jax.Arra
 
 
 # Each takes the implicit rewards of the chosen and of the rejected answer, and the options.
-_VARIANTS: dict[str, Callable[[jax.Array, jax.Array, _Options], jax.Array]] = {
+VARIANTS: dict[str, Callable[[jax.Array, jax.Array, _Options], jax.Array]] = {
     "sigmoid": _sigmoid,
     "hinge": lambda won, lost, _: jax.nn.relu(1.0 - (won - lost)),
     "ipo": lambda won, lost, options: jnp.square((won - lost - 0.5) / options.beta),

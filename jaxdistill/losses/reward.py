@@ -77,11 +77,13 @@ def token_bradley_terry(
       >>> print(token_bradley_terry(*rewards, chosen, rejected, [3], [2]).round(4))  # tokens 1, 2
       [0.1269]
     """
-    values = bradley_terry(chosen_reward, rejected_reward)
+    chosen = as_log_prob("chosen_reward", chosen_reward)
+    rejected = as_log_prob("rejected_reward", rejected_reward, chosen.shape)
     mask = divergence_mask(chosen_tokens, rejected_tokens, chosen_length, rejected_length)
-    checks.check_same_shape("chosen_reward", values, "chosen_tokens", mask)
-    kept = jnp.where(mask != 0, values, 0.0)
-    return jnp.sum(kept, axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1.0)
+    checks.check_same_shape("chosen_reward", chosen, "chosen_tokens", mask)
+    # The margin is cut, not the loss of it: what is left out may be NaN and gets no gradient.
+    margin = jnp.where(mask != 0, chosen, 0.0) - jnp.where(mask != 0, rejected, 0.0)
+    return jnp.sum(-mask * log_sigmoid(margin), -1) / jnp.maximum(jnp.sum(mask, -1), 1.0)
 
 
 def divergence_mask(

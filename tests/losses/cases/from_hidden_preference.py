@@ -64,16 +64,13 @@ def one_sided(oracle, use_lengths, hidden, head, labels, mask):
 
 def capped_dpo(hidden, head, reference, reference_head, labels, mask):
     policy = both(hidden, head, labels, mask, **CAPPED)
-    return preference.exo(*policy, *both(reference, reference_head, labels, mask, **CAPPED))
+    frozen = both(reference, reference_head, labels, mask, **CAPPED)
+    return preference.exo(*preference.per_token(*policy, *frozen, *lengths(mask)))
 
 
 def kto(hidden, head, reference, reference_head, labels, mask, desirable, point):
     policy = sums(hidden, head, labels, mask)
     return preference.kto(policy, sums(reference, reference_head, labels, mask), desirable, point)
-
-
-def averaged_hinge(*inputs):
-    return preference.hinge(*preference.per_token(*inputs))
 
 
 def paired(name: str, loss, oracle, use_lengths: int) -> Case:
@@ -111,19 +108,15 @@ CASES = (
         extreme=(0,),
     ),
     Case(
-        "from_hidden.dpo/exo,capped,padded",
-        functools.partial(from_hidden.dpo, variant="exo", label_smoothing=0.1, **CAPPED),
+        "from_hidden.dpo/exo,average,capped,padded",
+        functools.partial(
+            from_hidden.dpo, variant="exo", label_smoothing=0.1, average=True, **CAPPED
+        ),
         capped_dpo,
         two_models,
         differentiable=(0, 1),
         shared=(1, 3),
         extreme=(0, 2),
-    ),
-    paired(
-        "dpo/hinge,average",
-        functools.partial(from_hidden.dpo, variant="hinge", average=True),
-        averaged_hinge,
-        2,
     ),
     paired("rpo", functools.partial(from_hidden.rpo, nll_weight=0.7), preference.rpo, 1),
     Case(
