@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxdistill.losses import checks
 from jaxdistill.losses.policy_arguments import check_not_negative, check_option, needs
@@ -76,7 +77,7 @@ def group_advantages(
         centred /= rewards.std(-1, ddof=1, keepdims=True) + epsilon
     elif scale == "batch":
         centred /= rewards.std(ddof=1) + epsilon
-    return jax.lax.stop_gradient(centred)
+    return lax.stop_gradient(centred)
 
 
 def filter_groups(rewards: jax.typing.ArrayLike) -> jax.Array:
@@ -146,7 +147,7 @@ def whiten(
     mean = jnp.where(keep, values, 0.0).sum() / jnp.maximum(count, 1.0)
     centred = jnp.where(keep, values - mean, 0.0)
     variance = jnp.square(centred).sum() / jnp.maximum(count - 1.0, 1.0)
-    return jax.lax.stop_gradient(centred / jnp.sqrt(variance + epsilon))
+    return lax.stop_gradient(centred / jnp.sqrt(variance + epsilon))
 
 
 def token_rewards(
@@ -184,13 +185,13 @@ def token_rewards(
       [[0. 2. 0.]]
     """
     check_not_negative("kl_weight", kl_weight)
-    keep = jnp.asarray(mask) != 0
+    keep = jnp.asarray(mask).astype(jnp.float32) != 0
     rewards = checks.as_tokens("rewards", rewards, keep.shape[:-1])
     kept_from_here = jnp.cumsum(keep[..., ::-1], axis=-1)[..., ::-1]
     spread = jnp.where(keep & (kept_from_here == 1), rewards[..., None], 0.0)
     if needs(kl, "kl", "kl_weight", kl_weight):
         spread -= kl_weight * jnp.where(keep, checks.as_tokens("kl", kl, keep.shape), 0.0)
-    return jax.lax.stop_gradient(spread)
+    return lax.stop_gradient(spread)
 
 
 def gae(
@@ -239,23 +240,29 @@ def gae(
     values = checks.as_tokens("values", values, rewards.shape)
     keep = checks.as_tokens("mask", mask, rewards.shape) != 0
 
-    def step(
-        following: tuple[jax.Array, jax.Array], token: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        reward_t, value_t, keep_t = token
-        next_value, next_advantage = following
-        delta_t = reward_t + discount * next_value - value_t
-        advantage_t = delta_t + discount * trace * next_advantage
-        here = (value_t, advantage_t)
-        kept = jax.tree.map(lambda new, old: jnp.where(keep_t, new, old), here, following)
-        return kept, jnp.where(keep_t, advantage_t, 0.0)
-
-    by_time = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, values, keep))
-    end = (jnp.zeros(rewards.shape[:-1]), jnp.zeros(rewards.shape[:-1]))
-    _, advantages = jax.lax.scan(step, end, by_time, reverse=True)
-    advantages = jnp.moveaxis(advantages, 0, -1)
+    next_value = _next_kept(values, keep)
+    delta = rewards + discount * next_value - values
+    decay = jnp.where(keep, jnp.asarray(discount * trace, jnp.float32), 1.0)
+    advantages = jnp.where(keep, _backward(decay, jnp.where(keep, delta, 0.0)), 0.0)
     returns = jnp.where(keep, advantages + values, 0.0)
-    return Gae(jax.lax.stop_gradient(advantages), jax.lax.stop_gradient(returns))
+    return Gae(lax.stop_gradient(advantages), lax.stop_gradient(returns))
+
+
+def _backward(factor: jax.Array, term: jax.Array) -> jax.Array:
+    """y_t = term_t + factor_t y_{t+1} along the last axis, with 0 after the end."""
+
+    def after(
+        later: tuple[jax.Array, jax.Array], earlier: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        return earlier[0] * later[0], earlier[1] + earlier[0] * later[1]
+
+    return lax.associative_scan(after, (factor, term), reverse=True, axis=term.ndim - 1)[1]
+
+
+def _next_kept(values: jax.Array, keep: jax.Array) -> jax.Array:
+    """The value at the next position that is kept, 0 after the last."""
+    from_here = _backward(jnp.where(keep, 0.0, 1.0), jnp.where(keep, values, 0.0))
+    return jnp.concatenate([from_here[..., 1:], jnp.zeros_like(from_here[..., :1])], axis=-1)
 
 
 def reinforce_plus_plus_advantages(
@@ -332,4 +339,6 @@ def overlong_penalty(
     checks.check_between("buffer", buffer, 1, max_length)
     check_not_negative("factor", factor)
     lengths = jnp.asarray(lengths).astype(jnp.float32)
-    return -factor * jnp.clip((lengths - (max_length - buffer)) / buffer, 0.0, 1.0)
+    return lax.stop_gradient(
+        -factor * jnp.clip((lengths - (max_length - buffer)) / buffer, 0.0, 1.0)
+    )

@@ -79,7 +79,7 @@ def chord(
         clip_low=clip_low,
         clip_high=clip_high,
     )
-    p = lax.stop_gradient(jnp.exp(tokens))
+    p = lax.stop_gradient(jnp.exp(jnp.minimum(tokens, 0.0)))
     scale = {"none": jnp.ones_like(p), "phi": p * (1.0 - p), "probability": p}[token_weight]
     imitated = token_mean(-scale * tokens, jnp.where(demo, weights, 0.0))
     return _mixed(reinforced, imitated, 1.0 - jnp.asarray(mu, jnp.float32), mu, demo_fraction)

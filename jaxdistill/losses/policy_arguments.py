@@ -5,6 +5,7 @@ from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxdistill.losses import checks
@@ -30,7 +31,7 @@ def needs(
     array: jax.typing.ArrayLike | None, name: str, weight_name: str, weight: jax.typing.ArrayLike
 ) -> TypeGuard[jax.typing.ArrayLike]:
     """Whether a term counts: not where its weight is seen to be 0. It must then be given."""
-    if checks.is_concrete(weight) and float(jnp.asarray(weight)) == 0.0:
+    if checks.is_concrete(weight) and float(np.asarray(weight)) == 0.0:
         return False
     if array is None:
         raise ValueError(f"{name} must be given when {weight_name} is {weight}, but it is None")

@@ -19,6 +19,7 @@ BATCH = 8  # rows of every batched input: two for each of the four devices
 
 # Public names that are no loss: reductions, containers and helpers, tested in their own files.
 NOT_LOSSES = {
+    "Gae",
     "Shifted",
     "Weighted",
     "from_hidden",

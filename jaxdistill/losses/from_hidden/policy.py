@@ -19,7 +19,6 @@ from jaxdistill.losses import (
     policy,
     policy_distillation,
     policy_objectives,
-    policy_terms,
     ppo,
 )
 from jaxdistill.losses.reduce import Weighted
@@ -33,13 +32,11 @@ __all__ = [
     "gspo",
     "hpt",
     "iw_sft",
-    "kl_estimate",
     "luffy",
     "on_policy_distillation",
     "opsd",
     "pi_distill",
     "policy_gradient",
-    "policy_surrogate",
     "ppo_policy",
     "reinforce_plus_plus",
     "rloo",
@@ -131,12 +128,10 @@ grpo = _from_hidden(policy_objectives.grpo)
 gspo = _from_hidden(policy_objectives.gspo)
 hpt = _from_hidden(hybrids.hpt)
 iw_sft = _from_hidden(mixtures.iw_sft)
-kl_estimate = _from_hidden(policy_terms.kl_estimate)
 luffy = _from_hidden(hybrids.luffy)
 on_policy_distillation = _from_hidden(policy_distillation.on_policy_distillation)
 opsd = _from_hidden(policy_distillation.opsd)
 policy_gradient = _from_hidden(policy.policy_gradient)
-policy_surrogate = _from_hidden(policy.policy_surrogate)
 ppo_policy = _from_hidden(ppo.ppo_policy)
 reinforce_plus_plus = _from_hidden(ppo.reinforce_plus_plus)
 rloo = _from_hidden(policy_objectives.rloo)
