@@ -23,10 +23,11 @@ def decoder_logits(config, params, tokens):
 def random_params(config, seed=0):
     """Parameters of a configuration drawn by numpy: nothing to compile."""
     generator = np.random.default_rng(seed)
+
+    def draw(path, shape):
+        # Scales near one and attention of some contrast, so that a wrong rotation shows in logits.
+        values = generator.uniform(0.5, 1.5, shape)
+        return values if path.endswith("scale") else generator.normal(0, 0.4, shape)
+
     leaves = flatten(decoder.abstract_params(config))
-    return nest(
-        {
-            path: generator.normal(size=leaf.shape).astype(np.float32)
-            for path, leaf in leaves.items()
-        }
-    )
+    return nest({path: draw(path, leaf.shape).astype(np.float32) for path, leaf in leaves.items()})
