@@ -210,7 +210,7 @@ def test_sharded_parameters_and_batches_train_to_the_same_place(tmp_path):
             tiny_run.optimizer(),
             jax.device_put(params, shardings),
             CounterBatches(batch_size=8),
-            short(steps, evaluate_every=None),
+            short(steps, accumulation=1, evaluate_every=None),
             batch_sharding=sharding(("batch",), (8,), mesh),
             **options | more,
         )
@@ -223,7 +223,7 @@ def test_sharded_parameters_and_batches_train_to_the_same_place(tmp_path):
         tiny_run.optimizer(),
         params,
         CounterBatches(batch_size=8),
-        short(6, evaluate_every=None),
+        short(6, accumulation=1, evaluate_every=None),
         **options,
     )
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # noqa: E731

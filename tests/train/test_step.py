@@ -221,6 +221,22 @@ def test_a_step_sharded_over_8_devices_equals_one_device(accumulation):
     jax.tree.map(close, jax.device_get(metrics), jax.device_get(sharded_metrics))
 
 
+def test_the_state_keeps_its_shardings_where_the_compiler_would_choose_others():
+    mesh = make_mesh(tensor=8, fsdp=1)
+    axes = {"up": ("head_dim", "layers"), "down": ("mlp",)}  # `up` whole, its gradient is not
+    shardings = {k: sharding(axes[k], v.shape, mesh) for k, v in mlp_params().items()}
+    optimizer = optax.sgd(1e-2)
+    state = init_state(jax.device_put(mlp_params(), shardings), optimizer)
+    kept = state_sharding(state)
+    step = make_train_step(mlp_loss, optimizer, seed=0, state_sharding=kept)
+    batch = ragged_batch()
+    batch["x"] = batch["x"][..., : WIDTH - 1]
+    for _ in range(2):
+        state, _ = step(state, {}, batch)
+    assert jax.tree.map(lambda x: x.sharding, state) == kept
+    assert step._cache_size() == 1
+
+
 def test_errors_say_what_to_change():
     optimizer = optax.sgd(0.1)
     with pytest.raises(ValueError, match="accumulation must be at least 1, got 0"):
