@@ -1,6 +1,7 @@
 """GGUF: every tensor type against dequantisers written from ggml's block layouts."""
 
 import sys
+import tracemalloc
 
 import gguf as gguf_package
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from jaxdistill.convert import gguf, gguf_header
+from jaxdistill.convert.mapping import flatten
 from jaxdistill.models.config import RopeScaling
 from jaxdistill.models.rope import frequencies
 from tests.convert import reference
@@ -223,6 +225,22 @@ def test_llama3_scaling_is_recognised_in_the_frequencies(tmp_path):
     write(tmp_path / "odd", _with_rope_factors([1.0, 3.0, 5.0, 32.0]), sizes)
     with pytest.raises(ValueError, match="not those of Llama 3"):
         gguf.load(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0, Kind.Q4_K], ids=lambda kind: kind.name)
+def test_loading_needs_the_result_and_two_tensors(tmp_path, kind):
+    sizes = reference.Sizes(vocabulary=6000, width=256, heads=8, head_dim=32, mlp=256, tied=True)
+    write(tmp_path / "model.gguf", reference.random_weights(sizes), sizes, kind)
+    gguf.load(tmp_path / "model.gguf")  # imports and caches are not what is measured
+    tracemalloc.start()
+    try:
+        _, params = gguf.load(tmp_path / "model.gguf")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    result = sum(leaf.nbytes for leaf in flatten(params).values())
+    largest = params["embed"]["embedding"].nbytes
+    assert peak < result + 2 * largest
 
 
 def _corrupt_architecture(path, weights):
