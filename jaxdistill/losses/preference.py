@@ -1,7 +1,7 @@
 """Preference objectives against a frozen reference: DPO and its variants, DPO + NLL, KTO.
 
 Log-probabilities of whole answers in (`sequence_log_prob`: sums over the answer's tokens), one
-value a pair out. Everything is float32 and built on the log-sigmoid, so margins of any size give
+value a pair out. Everything is float32 and built on the log-sigmoid, so extreme margins give
 finite values and gradients. Objectives without a reference: reference_free.py.
 """
 

@@ -58,10 +58,9 @@ def test_extreme_margins_have_the_right_value_and_gradient(size: float) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
-def test_every_variant_is_finite_at_extreme_margins(variant: str, signs: tuple[int, int]) -> None:
-    pair = [np.array([sign * 1e6, sign * 1e3], np.float32) for sign in signs]
-    zeros = np.zeros(2, np.float32)
+def test_every_variant_is_finite_at_extreme_margins(variant: str) -> None:
+    pair = np.array(np.meshgrid([-1e6, -1e3, 1e3, 1e6], [-1e6, -1e3, 1e3, 1e6])).reshape(2, -1)
+    zeros = np.zeros(pair.shape[1])
     run = jax.value_and_grad(total(losses.dpo), argnums=(0, 1))
     value, gradients = run(*pair, zeros, zeros, **options(variant))
     assert np.isfinite(value)
