@@ -224,3 +224,52 @@ def test_hidden_form_refuses_what_neither_side_knows() -> None:
     arguments = hidden, head, np.array([[0, 7]]), None, np.zeros(1), np.ones((1, 2))
     with pytest.raises(TypeError, match="temprature"):
         losses.from_hidden.grpo(*arguments, temprature=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "options"),
+    [
+        ("cispo", (), {"clip_high": 0.5}),
+        ("dapo", (), {}),
+        ("dr_grpo", (), {"divisor": 5.0}),
+        (
+            "grpo",
+            (),
+            {"kl_weight": 0.1, "reference_log_prob": rollouts(1)[0], "entropy_weight": 0.2},
+        ),
+        ("gspo", (), {"clip_low": 0.2, "clip_high": 0.3}),
+        ("hpt", (IS_DEMO, np.arange(6) // 2), {"divisor": 5.0}),
+        ("luffy", (IS_DEMO,), {"divisor": 5.0}),
+        ("opsd", (), {"beta": 0.2}),
+        ("ppo_policy", (), {}),
+        ("reinforce_plus_plus", (), {}),
+        ("rloo", (), {}),
+        ("uft", (rollouts()[3][::-1] & ~rollouts()[3],), {"hint_weight": 0.5}),
+    ],
+)
+def test_hidden_form_equals_log_prob_form(name: str, extra: tuple, options: dict) -> None:
+    """Value, and gradient in hidden and head, at a temperature and with a padded vocabulary."""
+    _, old, advantage, mask = rollouts()
+    rng = np.random.default_rng(5)
+    hidden = rng.normal(size=(6, 5, 3)).astype(np.float32)
+    head = rng.normal(size=(8, 3)).astype(np.float32)
+    labels = rng.integers(0, 7, (6, 5))
+    rest = (old, *((rollouts(2)[0],) if name == "opsd" else ()), advantage, mask, *extra)
+    objective, form = getattr(losses, name), getattr(losses.from_hidden, name)
+
+    def of_hidden(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return form(hidden, head, labels, *rest, temperature=0.7, vocab_size=7, **options).mean()
+
+    def of_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        logits, head_options = hidden @ head.T, {"temperature": 0.7, "vocab_size": 7}
+        given = dict(options)
+        if "entropy_weight" in given:
+            given["entropy"] = losses.entropy(logits, **head_options)
+        return objective(losses.log_probs(logits, labels, **head_options), *rest, **given).mean()
+
+    found = jax.jit(jax.value_and_grad(of_hidden, argnums=(0, 1)))(hidden, head)
+    expected = jax.jit(jax.value_and_grad(of_logits, argnums=(0, 1)))(hidden, head)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
+    assert any(np.asarray(x).any() for x in found[1])

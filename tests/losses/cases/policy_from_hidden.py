@@ -117,15 +117,9 @@ def reduced(name: str, oracle: Callable, inputs: Callable, shared: int, **kwargs
 
 
 CASES = (
-    *(hidden_case(name) for name in ("grpo", "dapo", "gspo", "rloo", "ppo_policy")),
-    *(hidden_case(name) for name in ("reinforce_plus_plus", "on_policy_distillation", "iw_sft")),
-    hidden_case("dr_grpo", divisor=7),
-    hidden_case("cispo", clip_low=0.2, clip_high=0.3),
-    hidden_case("opsd", beta=0.2),
-    hidden_case("luffy", divisor=7),
-    hidden_case("hpt", divisor=7, sft_weight=0.3),
+    hidden_case("on_policy_distillation"),
+    hidden_case("iw_sft"),
     hidden_case("chord/phi", mu=0.25, token_weight="phi"),
-    hidden_case("uft", hint_weight=0.3),
     reduced(
         "policy_gradient",
         with_entropy_bonus,
