@@ -110,6 +110,11 @@ def add_block(gradient: jax.Array, part: jax.Array, start: jax.Array, axis: int)
     )
 
 
+def in_product_type(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """Hidden in the type products with the head are taken in: float32 where they differ."""
+    return hidden if hidden.dtype == head.dtype else hidden.astype(jnp.float32)
+
+
 def project(hidden: jax.Array, block: jax.Array, axis: int) -> jax.Array:
     """Raw logits of a tile, [C, D] x block -> [C, Vb], accumulated in float32."""
     return _dot(hidden, block, (1, 1 - axis))

@@ -77,7 +77,7 @@ def _chunked(
     temperature: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """[num_chunks, C, D] and a head -> log-prob, log-sum-exp, entropy, [num_chunks, C] each."""
-    hidden = hidden.astype(jnp.promote_types(hidden.dtype, head.dtype))
+    hidden = tiles.in_product_type(hidden, head)
 
     def take_block(running: _Running, index: jax.Array) -> tuple[_Running, None]:
         block, columns = _block(options, head, index, hidden.dtype)
@@ -158,7 +158,7 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, None, None]:
     """Gradients of hidden and head; the gradient nobody asks for is dead code to the compiler."""
     head, axis = residuals.head, options.vocab_axis
-    hidden = residuals.hidden.astype(jnp.promote_types(residuals.hidden.dtype, head.dtype))
+    hidden = tiles.in_product_type(residuals.hidden, head)
     per_token = (residuals.labels, residuals.log_sum_exp, residuals.entropy, cotangents)
 
     def take_block(gradients: tuple, index: jax.Array) -> tuple[tuple, None]:

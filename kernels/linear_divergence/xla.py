@@ -93,8 +93,8 @@ def _statistics(
     teacher_head: jax.Array,
     temperature: jax.Array,
 ) -> _Running:
-    student_hidden = _in_product_type(student_hidden, student_head)
-    teacher_hidden = _in_product_type(teacher_hidden, teacher_head)
+    student_hidden = tiles.in_product_type(student_hidden, student_head)
+    teacher_hidden = tiles.in_product_type(teacher_hidden, teacher_head)
 
     def take_block(running: _Running, index: jax.Array) -> tuple[_Running, None]:
         columns = tiles.block_at(index, options.tiling, options.vocab_size)
@@ -113,10 +113,6 @@ def _statistics(
     start = _Running(tiles.start_softmax(zeros), tiles.start_softmax(zeros), zeros)
     running, _ = lax.scan(take_block, start, jnp.arange(options.tiling.num_blocks))
     return running
-
-
-def _in_product_type(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    return hidden.astype(jnp.promote_types(hidden.dtype, head.dtype))
 
 
 def _block(options: _Options, head: jax.Array, columns: tiles.Block, dtype: jnp.dtype) -> jax.Array:
@@ -178,8 +174,8 @@ def _backward(
     """Gradients of the student; the one nobody asks for is dead code to the compiler."""
     operands, (student_sum, teacher_sum), divergence = residuals
     original, student_head, teacher_hidden, teacher_head, temperature = operands
-    student_hidden = _in_product_type(original, student_head)
-    teacher_hidden = _in_product_type(teacher_hidden, teacher_head)
+    student_hidden = tiles.in_product_type(original, student_head)
+    teacher_hidden = tiles.in_product_type(teacher_hidden, teacher_head)
     per_token = (student_sum, teacher_sum, divergence, cotangent)
     axis = options.vocab_axis
 
