@@ -27,17 +27,16 @@ import jax
 import jax.numpy as jnp
 import rich.table
 
+from experiments.lab import objectives
 from experiments.lab.measure import (
-    Batch,
     Model,
     Results,
     answer,
     count_parameters,
-    hidden_states,
     quality,
 )
 from jaxdistill import config as configs
-from jaxdistill import launch, losses
+from jaxdistill import launch
 from jaxdistill.convert import gguf, huggingface
 from jaxdistill.data import hub, pipeline, records, registry, sources, tokenizers
 from jaxdistill.data.packing import Example
@@ -58,15 +57,17 @@ class Config:
     """the named source trained on, one document a line"""
     held_out_text: str = "lee-evaluation"
     """the named source evaluated on; documents that are also trained on are left out"""
+    held_out_documents: int = 20
+    """how many of them are used"""
     dropped_layers: int = 6
     """how many consecutive layers the student lacks"""
-    calibration_documents: int = 32
+    calibration_documents: int = 16
     """training documents that choose the layers to drop"""
     length: int = 256
     """tokens of a row"""
-    batch_size: int = 4
+    batch_size: int = 2
     """rows of a step"""
-    steps: int = 24
+    steps: int = 20
     """optimizer steps of each arm"""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4, warmup_steps=3)
     temperature: float = 1.0
@@ -75,9 +76,9 @@ class Config:
     """whether the (tied) embedding is trained as well"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the activations; parameters are float32"""
-    checkpoint_every: int = 8
+    checkpoint_every: int = 10
     """steps between checkpoints"""
-    evaluate_every: int = 6
+    evaluate_every: int = 5
     """steps between looks at one held-out batch, for the curves"""
     prompt: str = "What is the capital of France?"
     """what every model is asked in the end"""
@@ -88,7 +89,7 @@ class Config:
 
     def __post_init__(self) -> None:
         make_schedule(self.optimizer, self.steps)  # raises what would else come up minutes later
-        for name in ("dropped_layers", "calibration_documents", "new_tokens"):
+        for name in ("dropped_layers", "calibration_documents", "held_out_documents", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -101,6 +102,7 @@ PRESETS = {
         length=64,
         batch_size=2,
         calibration_documents=4,
+        held_out_documents=2,
         new_tokens=8,
     ),
     "v5e-1": Config(steps=400, length=1024, batch_size=16, dtype="bfloat16", checkpoint_every=100),
@@ -164,7 +166,8 @@ def load_teacher(config: Config) -> tuple[Model, tokenizers.Tokenizer]:
         model_config, params = gguf.load(path)
         tokenizer = gguf.load_tokenizer(path)
     tokenizers.check_vocabulary(tokenizer, model_config)
-    return Model(params, dataclasses.replace(model_config, dtype=config.dtype)), tokenizer
+    model_config = dataclasses.replace(model_config, dtype=config.dtype)
+    return Model(jax.device_put(params), model_config), tokenizer
 
 
 def load_text(config: Config, tokenizer: tokenizers.Tokenizer) -> Text:
@@ -183,7 +186,7 @@ def load_text(config: Config, tokenizer: tokenizers.Tokenizer) -> Text:
     names = (config.text, config.held_out_text)
     return Text(
         pipeline.tokenize(train, tokenizer),
-        pipeline.tokenize(held_out, tokenizer),
+        pipeline.tokenize(held_out[: config.held_out_documents], tokenizer),
         {name: registry.SOURCES[name].sha256 for name in names},
     )
 
@@ -192,7 +195,7 @@ def prune(teacher: Model, calibration: list[Example], config: Config) -> tuple[i
     """The first dropped layer, and the teacher without the block that begins there."""
 
     @jax.jit
-    def last_states(params: decoder.Params, batch: Batch) -> jax.Array:
+    def last_states(params: decoder.Params, batch: objectives.Batch) -> jax.Array:
         taps = decoder.apply(
             params, batch["tokens"], teacher.config, segment_ids=batch["segment_ids"], taps=True
         ).taps
@@ -248,9 +251,9 @@ def heal(
         return {"held_out_perplexity": seen.perplexity, "held_out_kl": seen.kl_to_teacher}
 
     loss_fn = (
-        distillation_loss(student.config, teacher.config, config.temperature)
+        objectives.distillation(student.config, teacher.config, temperature=config.temperature)
         if arm == "kd"
-        else cross_entropy_loss(student.config)
+        else objectives.cross_entropy(student.config)
     )
     state = loop.fit(
         loss_fn,
@@ -271,39 +274,6 @@ def heal(
     )
     batches.close()
     return Model(merge(state.params, frozen)["student"], student.config)
-
-
-def cross_entropy_loss(config: decoder.DecoderConfig) -> loop.LossFunction:
-    """-log p_student(next token), a mean over targets."""
-
-    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> Any:
-        labels, mask = losses.shift(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
-        hidden = hidden_states(params["student"], batch, config)
-        values = losses.from_hidden.cross_entropy(
-            hidden, decoder.head(params["student"], config), labels
-        )
-        return losses.token_mean(values, mask), {}
-
-    return loss_fn
-
-
-def distillation_loss(
-    config: decoder.DecoderConfig, teacher_config: decoder.DecoderConfig, temperature: float
-) -> loop.LossFunction:
-    """KL(teacher || student) of the next token, a mean over targets."""
-
-    def loss_fn(params: Any, batch: Batch, key: jax.Array) -> Any:
-        _, mask = losses.shift(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
-        values = losses.from_hidden.forward_kl(
-            hidden_states(params["student"], batch, config),
-            decoder.head(params["student"], config),
-            hidden_states(params["teacher"], batch, teacher_config),
-            decoder.head(params["teacher"], teacher_config),
-            temperature=temperature,
-        )
-        return losses.token_mean(values, mask), {}
-
-    return loss_fn
 
 
 def held_out_batches(text: Text, config: Config, vocab_size: int) -> Iterator[pipeline.Batch]:

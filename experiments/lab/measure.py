@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
+from experiments.lab.objectives import Batch, hidden_states
 from jaxdistill import losses
 from jaxdistill.data import chat, pipeline
 from jaxdistill.data.tokenizers import Tokenizer
@@ -17,8 +18,6 @@ from jaxdistill.models import decoder
 from jaxdistill.models.config import DecoderConfig
 from jaxdistill.rollout import sampler
 from jaxdistill.workdir import write_atomically
-
-Batch = Mapping[str, jax.Array]  # a batch of the pipeline, once it is on the devices
 
 
 class Model(NamedTuple):
@@ -68,22 +67,20 @@ def _score(
     """Negative log-prob and KL to the teacher, summed over the targets of a batch."""
     labels, mask = losses.shift(batch["tokens"], batch["loss_mask"], batch["segment_ids"])
     hidden = hidden_states(params, batch, config)
-    teacher_hidden = hidden_states(teacher_params, batch, teacher_config)
-    head, teacher_head = decoder.head(params, config), decoder.head(teacher_params, teacher_config)
-    negative_log_prob = losses.from_hidden.cross_entropy(hidden, head, labels)
-    kl = losses.from_hidden.forward_kl(hidden, head, teacher_hidden, teacher_head)
+    head = decoder.head(params, config)
+    negative_log_prob = losses.from_hidden.cross_entropy(
+        hidden, head, labels, vocab_size=config.vocab_size, soft_cap=config.logit_soft_cap
+    )
+    kl = losses.from_hidden.forward_kl(
+        hidden,
+        head,
+        hidden_states(teacher_params, batch, teacher_config),
+        decoder.head(teacher_params, teacher_config),
+        vocab_size=config.vocab_size,
+        student_soft_cap=config.logit_soft_cap,
+        teacher_soft_cap=teacher_config.logit_soft_cap,
+    )
     return losses.token_mean(negative_log_prob, mask), losses.token_mean(kl, mask)
-
-
-def hidden_states(params: decoder.Params, batch: Batch, config: DecoderConfig) -> jax.Array:
-    """The decoder's hidden states [B, T, D] on a packed batch."""
-    return decoder.apply(
-        params,
-        batch["tokens"],
-        config,
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-    ).hidden
 
 
 def answer(model: Model, tokenizer: Tokenizer, prompt: str, *, new_tokens: int) -> Sample:
