@@ -26,7 +26,9 @@ def kl_estimate(
     As values k1 and k3 are unbiased, k2 is not. As losses on the policy's own samples, k1 has an
     expected gradient of 0, k2 that of KL(policy || reference), k3 that of KL(reference || policy):
     so k1 belongs in the reward and k2 in a loss. `gradient` names the estimator to differentiate
-    instead (straight-through): kind="k3", gradient="k2" is unbiased to read and to train with.
+    instead (straight-through): kind="k3", gradient="k2" is unbiased to read and to train with. All
+    are of one token given those before it; what a token does to the KL of later ones is in none of
+    their gradients, only in that of k1 as a reward.
 
     No gradient flows into the reference. exp(u) ends at exp(20), where its gradient is 0.
 
@@ -131,7 +133,8 @@ def importance_weights(
     Raises:
       ValueError: shapes differ, an unknown name, or cap or floor out of range.
 
-    Source: truncated importance sampling as in verl and TRL, arXiv 2505.24298.
+    Source: truncation, F. Yao et al. (verl pull request 2953), 2025; sequences and masks,
+    J. Liu et al., "When Speed Kills Stability", 2025.
 
     Example:
       >>> import numpy as np
