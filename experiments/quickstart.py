@@ -359,7 +359,9 @@ def write_report(
         ],
         tables={
             "On held-out text": [
-                {"model": name} | {title: row[column] for column, (title, _) in COLUMNS.items()}
+                {"model": name}
+                # The addition turns -0.0, a KL of nothing but rounding, into 0.0.
+                | {title: round(row[column], 4) + 0 for column, (title, _) in COLUMNS.items()}
                 for name, row in rows.items()
             ]
         },
