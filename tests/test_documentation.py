@@ -2,7 +2,9 @@
 
 import doctest
 import importlib
+import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -25,6 +27,13 @@ def modules() -> list[str]:
 def test_examples(name: str) -> None:
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
+
+
+def test_readme_snippet() -> None:
+    """What the README tells people to type into a notebook runs as it stands."""
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    exec(snippet, {})
 
 
 def test_every_public_function_has_an_example() -> None:
