@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 VOCABULARY_AXIS = {"vd": 0, "dv": 1}
 
@@ -35,7 +34,7 @@ def check_labels(
         raise ValueError(f"{name} must have shape {shape}, but the shape is {jnp.shape(labels)}")
     if not is_concrete(labels):
         return
-    values = np.asarray(labels)
+    values = jax.device_get(jnp.asarray(labels))
     outside = (values < 0) | (values >= vocab_size)
     if outside.any():
         raise ValueError(
