@@ -28,25 +28,24 @@ def objective(loss: Callable, floating: dict, whole: dict, mask: jax.Array) -> t
     return token_mean(values, mask).mean(), values
 
 
-@functools.cache
-def compiled(case: Case) -> Callable:
-    """(inputs, mask) -> mean, values, gradients of the mean in all floating inputs.
+class Compiled:
+    """(inputs, mask) -> mean, values, gradients of the mean in all floating inputs."""
 
-    `.traces` counts how often the loss was traced.
-    """
+    def __init__(self, case: Case) -> None:
+        self.traces = 0
 
-    def counted(*inputs: jax.Array) -> jax.Array:
-        call.traces += 1
-        return case.loss(*inputs)
+        def counted(*inputs: jax.Array) -> jax.Array:
+            self.traces += 1
+            return case.loss(*inputs)
 
-    run = jax.jit(jax.value_and_grad(functools.partial(objective, counted), has_aux=True))
+        self.run = jax.jit(jax.value_and_grad(functools.partial(objective, counted), has_aux=True))
 
-    def call(inputs: list, mask: np.ndarray) -> tuple:
-        (mean, values), gradients = run(*split(inputs), mask)
+    def __call__(self, inputs: list, mask: np.ndarray) -> tuple:
+        (mean, values), gradients = self.run(*split(inputs), mask)
         return mean, values, gradients
 
-    call.traces = 0
-    return call
+
+compiled = functools.cache(Compiled)
 
 
 def split(inputs: list) -> tuple[dict, dict]:
