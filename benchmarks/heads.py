@@ -1,6 +1,6 @@
 """What the lean heads need against full logits: memory by XLA's own account, and processor time.
 
-    python -m benchmarks.heads           # memory at 8,192 x 151,936, compiled and not run (1 minute)
+    python -m benchmarks.heads           # memory at 8,192 x 151,936, compiled, not run
     python -m benchmarks.heads --time    # also run 1,024 x 49,152 (a few minutes on 2 cores)
 
 Times are processor seconds of the whole process, over those of the bare matrix products the pass
