@@ -14,7 +14,8 @@ The job, end to end, on a laptop-class CPU:
 5. The distilled student is exported in the Hugging Face layout; `report.html` shows it all.
 
 Command:      python -m experiments.quickstart
-Expected:     about 8 minutes on 2 CPU cores.
+Expected:     about 8 minutes on 2 CPU cores. KL to the teacher: pruned 0.76, ce 0.82, kd 0.57;
+              perplexity: teacher 37, pruned 72, ce 55, kd 56.
 On a TPU VM:  python -m experiments.quickstart --preset v5e-1
 Interrupted?  The same command again goes on where it was.
 """
