@@ -34,7 +34,8 @@ def check_labels(
         raise ValueError(f"{name} must have shape {shape}, but the shape is {jnp.shape(labels)}")
     if not is_concrete(labels):
         return
-    values = jax.device_get(jnp.asarray(labels))
+    with jax.ensure_compile_time_eval():  # labels may be constants of a traced function
+        values = jax.device_get(jnp.asarray(labels))
     outside = (values < 0) | (values >= vocab_size)
     if outside.any():
         raise ValueError(

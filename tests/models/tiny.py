@@ -15,8 +15,9 @@ quick_jit = functools.partial(
     compiler_options={
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    },
+    }
+    # Newer compilers do without this one, and refuse a name they do not know.
+    | ({"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}),
 )
 PLAIN = DecoderConfig(
     vocab_size=29,
