@@ -17,8 +17,11 @@ def check_positive(name: str, value: jax.typing.ArrayLike) -> None:
     """Raise ValueError unless a concrete scalar is finite and above 0; a tracer passes unseen."""
     if jnp.ndim(value) != 0:
         raise ValueError(f"{name} must be a scalar, but its shape is {jnp.shape(value)}")
-    if is_concrete(value) and not (float(value) > 0 and math.isfinite(float(value))):
-        raise ValueError(f"{name} must be finite and above 0, but it is {float(value)}")
+    if not is_concrete(value):
+        return
+    number = float(jax.device_get(value))
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{name} must be finite and above 0, but it is {number}")
 
 
 def check_labels(
