@@ -19,10 +19,12 @@ from jaxdistill.losses.advantages import (
     token_rewards,
     whiten,
 )
-from jaxdistill.losses.cross_entropy import cross_entropy, soft_cross_entropy
+from jaxdistill.losses.cross_entropy import cross_entropy, soft_cross_entropy, top_k_accuracy
+from jaxdistill.losses.curio import curio_sft, temperature_for_entropy
 from jaxdistill.losses.diffusion import gaussian_log_prob, pso_hinge, pso_offline, pso_online
 from jaxdistill.losses.divergence import forward_kl, reverse_kl
 from jaxdistill.losses.hybrids import hpt, luffy, policy_shaping, srft
+from jaxdistill.losses.masked_thought import linear_ramp, mask_thought
 from jaxdistill.losses.mixtures import chord, iw_sft, uft
 from jaxdistill.losses.policy import policy_gradient, policy_surrogate
 from jaxdistill.losses.policy_distillation import (
@@ -48,17 +50,21 @@ from jaxdistill.losses.reduce import (
 )
 from jaxdistill.losses.reference_free import cpo, orpo, redi, simpo
 from jaxdistill.losses.reward import bradley_terry, divergence_mask, token_bradley_terry
+from jaxdistill.losses.sft import asft, dft, key_token_weights, one_token_rollout, unlikelihood
 
 __all__ = [
     "Gae",
     "Shifted",
     "Weighted",
+    "asft",
     "bradley_terry",
     "chord",
     "cispo",
     "cpo",
     "cross_entropy",
+    "curio_sft",
     "dapo",
+    "dft",
     "distillation_advantages",
     "divergence_mask",
     "dpo",
@@ -76,11 +82,15 @@ __all__ = [
     "hpt",
     "importance_weights",
     "iw_sft",
+    "key_token_weights",
     "kl_estimate",
     "kto",
+    "linear_ramp",
     "log_probs",
     "luffy",
+    "mask_thought",
     "on_policy_distillation",
+    "one_token_rollout",
     "opsd",
     "orpo",
     "overlong_penalty",
@@ -106,9 +116,12 @@ __all__ = [
     "simpo",
     "soft_cross_entropy",
     "srft",
+    "temperature_for_entropy",
     "token_bradley_terry",
     "token_mean",
     "token_rewards",
+    "top_k_accuracy",
     "uft",
+    "unlikelihood",
     "whiten",
 ]

@@ -1,4 +1,4 @@
-"""Cross-entropy against labels or against a soft target distribution."""
+"""Cross-entropy against labels or against a soft target distribution, and top-k accuracy."""
 
 import jax
 import jax.numpy as jnp
@@ -90,3 +90,47 @@ def soft_cross_entropy(
     targets = lax.stop_gradient(checks.as_logits("targets", targets, vocab_size))
     checks.check_same_shape("targets", targets, "logits", log_q)
     return -jnp.sum(jnp.where(targets != 0, targets * log_q, 0.0), axis=-1)
+
+
+def top_k_accuracy(
+    logits: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    *,
+    k: int = 1,
+    vocab_size: int | None = None,
+) -> jax.Array:
+    """Whether each label is among the k largest logits; its mean is the top-k accuracy.
+
+        1 if #(v: logits_v > logits_label, or equal and v < label) < k, else 0
+
+    Equal logits rank by their index, as in argmax, so constant logits do not pass for right. No
+    gradient flows into it.
+
+    Args:
+      logits: `[..., V]`.
+      labels: `[...]` integers in [0, vocab_size): outside jit a label out of range raises, inside
+        jit it gives NaN, which a mask removes.
+      k: at least 1 and at most vocab_size.
+      vocab_size: columns from here on are padding and do not exist; default all count.
+
+    Returns:
+      `[...]`, float32, 0 or 1; NaN where a logit is NaN.
+
+    Raises:
+      ValueError: an argument of the wrong shape, type or range.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxdistill.losses import top_k_accuracy
+      >>> logits = np.array([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
+      >>> print(top_k_accuracy(logits, np.array([2, 1]), k=2))
+      [1. 0.]
+    """
+    logits = lax.stop_gradient(checks.as_logits("logits", logits, vocab_size))
+    checks.check_between("k", k, 1, logits.shape[-1])
+    own = label_value(logits, labels)[..., None]
+    column = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    before = column < jnp.asarray(labels, jnp.int32)[..., None]
+    ahead = jnp.sum(((logits > own) | ((logits == own) & before)).astype(jnp.int32), axis=-1)
+    invalid = jnp.isnan(logits).any(-1) | jnp.isnan(own[..., 0])
+    return jnp.where(invalid, jnp.nan, (ahead < k).astype(jnp.float32))

@@ -23,6 +23,7 @@ NOT_LOSSES = {
     "Shifted",
     "Weighted",
     "from_hidden",
+    "mask_thought",
     "sequence_log_prob",
     "sequence_mean",
     "sequence_sum",

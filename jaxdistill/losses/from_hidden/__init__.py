@@ -35,13 +35,16 @@ from jaxdistill.losses.from_hidden.preference import (
     sequence_log_prob,
     simpo,
 )
+from jaxdistill.losses.from_hidden.sft import asft, dft, unlikelihood
 
 __all__ = [
+    "asft",
     "chord",
     "cispo",
     "cpo",
     "cross_entropy",
     "dapo",
+    "dft",
     "dpo",
     "dr_grpo",
     "forward_kl",
@@ -67,4 +70,5 @@ __all__ = [
     "simpo",
     "srft",
     "uft",
+    "unlikelihood",
 ]

@@ -35,6 +35,11 @@ def entropy(logits: np.ndarray) -> np.ndarray:
     return -(softmax(logits) * log_softmax(logits)).sum(-1)
 
 
+def in_top_two(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    return (order[..., :2] == labels[..., None]).any(-1).astype(np.float64)
+
+
 CASES = (
     Case("cross_entropy", losses.cross_entropy, nll, logits_and_labels, differentiable=(0,)),
     Case(
@@ -64,5 +69,13 @@ CASES = (
         lambda logits: entropy(logits[..., :5] / 0.7),
         logits_alone,
         differentiable=(0,),
+    ),
+    Case(
+        "top_k_accuracy/two,padded",
+        functools.partial(losses.top_k_accuracy, k=2, vocab_size=5),
+        lambda logits, labels: in_top_two(logits[..., :5], labels),
+        logits_and_labels,
+        differentiable=(),
+        extreme=(0,),
     ),
 )
