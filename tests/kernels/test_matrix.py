@@ -7,6 +7,7 @@ float64. Chunks of 5 tokens and 16 columns divide nothing.
 
 import functools
 import itertools
+import re
 from collections.abc import Callable
 
 import jax
@@ -20,6 +21,7 @@ from tests.kernels import oracle
 
 SHAPE = (8, 3)
 WIDTH, TEACHER_WIDTH = 8, 6
+TEMPERATURE = 1.3
 CHUNKS = {"chunk_tokens": 5, "chunk_vocab": 16, "implementation": "xla"}
 VOCABULARIES = (64, 65, 67)
 OPERATIONS = ("cross_entropy", "forward_kl", "reverse_kl")
@@ -47,9 +49,10 @@ def masks() -> dict[str, np.ndarray]:
 def values_of(operation: str, *arrays: jax.Array) -> jax.Array:
     student_hidden, student_head, teacher_hidden, teacher_head, labels = arrays
     if operation == "cross_entropy":
-        return -linear_cross_entropy(student_hidden, student_head, labels, **CHUNKS).log_prob
+        student = student_hidden, student_head
+        return -linear_cross_entropy(*student, labels, temperature=TEMPERATURE, **CHUNKS).log_prob
     student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    return linear_divergence(*student, *teacher, kind=operation, **CHUNKS)
+    return linear_divergence(*student, *teacher, kind=operation, temperature=TEMPERATURE, **CHUNKS)
 
 
 def run(operation: str, axis: str | None, *arrays: jax.Array) -> tuple:
@@ -86,10 +89,12 @@ def expected(operation: str, arrays: tuple[np.ndarray, ...], mask: np.ndarray) -
     if operation == "cross_entropy":
         cotangents = -weights, np.zeros_like(weights), np.zeros_like(weights)
         labels = arrays[4].reshape(-1)
-        (log_prob, _, _), gradients = oracle.cross_entropy(*student, labels, cotangents)
+        (log_prob, _, _), gradients = oracle.cross_entropy(
+            *student, labels, cotangents, TEMPERATURE
+        )
         return -log_prob, gradients
     teacher = teacher_hidden.reshape(-1, TEACHER_WIDTH), teacher_head
-    return oracle.divergence(operation, student, teacher, weights)
+    return oracle.divergence(operation, student, teacher, weights, TEMPERATURE)
 
 
 def places() -> list:
@@ -121,3 +126,13 @@ def test_against_float64(operation: str, vocab_size: int, dtype: jnp.dtype, plac
                 wide = np.asarray(gradient, np.float64).reshape(true.shape)
                 error = np.abs(wide - true).max()
                 assert error <= gradient_tolerance * np.abs(true).max(), f"std {std}, mask {name}"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_product_accumulates_in_float32(operation: str) -> None:
+    """XLA:CPU may keep digits that bfloat16 drops, so the program says it, not the numbers."""
+    arrays = make(3.0, 67, jnp.bfloat16)
+    program = str(jax.make_jaxpr(functools.partial(run, operation, None))(*arrays, masks()["none"]))
+    types = re.findall(r":(\w+)\[[^\]]*\] = dot_general", program)
+    assert len(types) >= 4
+    assert set(types) == {"f32"}
