@@ -65,12 +65,12 @@ def mask_thought(
             f"{vocab_size}: mask_id to replace by one token, vocab_size by random ones"
         )
     which, what = jax.random.split(key)
-    if mask_id is not None:
-        checks.check_between("mask_id", mask_id, 0, float("inf"))
-        noise = jnp.full_like(tokens, mask_id)
-    else:
+    if vocab_size is not None:
         checks.check_between("vocab_size", vocab_size, 1, float("inf"))
         noise = jax.random.randint(what, tokens.shape, 0, vocab_size, tokens.dtype)
+    elif mask_id is not None:
+        checks.check_between("mask_id", mask_id, 0, float("inf"))
+        noise = jnp.full_like(tokens, mask_id)
     chosen = jax.random.uniform(which, tokens.shape) < jnp.asarray(rate, jnp.float32)
     return jnp.where(chosen & of_solution, noise, tokens)
 

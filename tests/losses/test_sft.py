@@ -1,14 +1,12 @@
 """Identities of the supervised fine-tuning family, its randomness, and what it refuses."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
 
 from jaxdistill import losses
 from jaxdistill.losses import from_hidden
-from tests.losses.oracle import log_softmax, pick, softmax
+from tests.losses.oracle import log_softmax, pick
 
 RNG = np.random.default_rng(0)
 LOGITS = (RNG.normal(size=(6, 7)) * 2).astype(np.float32)
@@ -238,22 +236,3 @@ def test_unlikelihood_from_hidden_ends_where_float32_does() -> None:
 def test_refuses(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@pytest.mark.parity
-def test_dft_is_that_of_trl() -> None:
-    """Theirs shifts, and divides by the tokens that are not -100: `shift` and `token_mean`."""
-    import torch
-    from trl.trainer.sft_trainer import dft_loss
-
-    logits = RNG.normal(size=(2, 6, 7)).astype(np.float32)
-    tokens = RNG.integers(0, 7, (2, 6))
-    mask = np.array([[0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]])
-    labels, kept = losses.shift(tokens, mask)
-    found = losses.token_mean(losses.dft(logits, labels), kept).mean()
-    outputs = types.SimpleNamespace(logits=torch.tensor(logits))
-    theirs = dft_loss(outputs, torch.tensor(np.where(mask == 1, tokens, -100)))
-    np.testing.assert_allclose(found, float(theirs), rtol=1e-5)
-    p = softmax(logits.astype(np.float64))
-    values = -pick(p * np.log(p), np.asarray(labels))
-    np.testing.assert_allclose(found, (values * kept).sum() / kept.sum(), rtol=1e-5)

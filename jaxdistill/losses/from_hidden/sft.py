@@ -88,21 +88,26 @@ def asft(
       [0.3466 0.3466]
     """
     checks.check_between("kl_weight", kl_weight, 0.0, float("inf"))
-    options: HeadOptions = {
-        "vocab_size": vocab_size,
-        "head_layout": head_layout,
-        "implementation": implementation,
-    }
     anchor = forward_kl(
         hidden,
         head,
         reference_hidden,
         reference_head,
+        vocab_size=vocab_size,
         student_soft_cap=soft_cap,
         teacher_soft_cap=soft_cap,
-        **options,
+        head_layout=head_layout,
+        implementation=implementation,
     )
-    imitation = dft(hidden, head, labels, soft_cap=soft_cap, **options)
+    imitation = dft(
+        hidden,
+        head,
+        labels,
+        vocab_size=vocab_size,
+        soft_cap=soft_cap,
+        head_layout=head_layout,
+        implementation=implementation,
+    )
     return imitation + jnp.asarray(kl_weight, jnp.float32) * anchor
 
 
