@@ -1,0 +1,1 @@
+"""The pages, and the programs that generate some of them from the docstrings."""
