@@ -127,7 +127,8 @@ def one_token_rollout(
       key: of jax.random, for the sampled form; without it the exact form.
       num_samples: K, at least 1; without a key of no effect.
       temperature: scalar above 0, of the sampling alone; no gradient flows into it.
-      wrong_reward: scalar below 1. Above 0 it would strengthen whatever is sampled.
+      wrong_reward: scalar below 1. Above 0 it would strengthen whatever is sampled. That the paper
+        has -0.1 could not be confirmed.
       vocab_size: columns from here on are padding and do not exist; default all count.
 
     Returns:
