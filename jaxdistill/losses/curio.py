@@ -112,18 +112,53 @@ def curio_sft(
       >>> print(curio_sft(uniform, uniform, labels).round(4))  # l = q: the likelihood alone
       [1.3863]
     """
-    checks.check_between("distillation_weight", distillation_weight, 0.0, float("inf"))
-    log_prob = log_probs(logits, labels, vocab_size=vocab_size)
-    teacher = lax.stop_gradient(checks.as_logits("teacher_logits", teacher_logits, vocab_size))
+    checked = checks.as_logits("logits", logits, vocab_size)
+    teacher = checks.as_logits("teacher_logits", teacher_logits, vocab_size)
+    checks.check_same_shape("teacher_logits", teacher, "logits", checked)
+    flattened = flattened_log_probs(
+        teacher,
+        labels,
+        entropy_gain=entropy_gain,
+        slope=slope,
+        pivot=pivot,
+        entropy_floor=entropy_floor,
+        min_temperature=min_temperature,
+        max_temperature=max_temperature,
+        top_k=top_k,
+    )
+    return near_teacher(log_probs(checked, labels), flattened, distillation_weight)
+
+
+def flattened_log_probs(
+    teacher: jax.Array,
+    labels: jax.typing.ArrayLike,
+    *,
+    entropy_gain: float,
+    slope: float,
+    pivot: float,
+    entropy_floor: float,
+    min_temperature: float,
+    max_temperature: float,
+    top_k: int | None,
+) -> jax.Array:
+    """q of `curio_sft` from float32 logits `[..., V]`: no gradient flows into them."""
     _check_temperatures(min_temperature, max_temperature)
     checks.check_between("entropy_gain", entropy_gain, 0.0, float("inf"))
     checks.check_between("slope", slope, 0.0, float("inf"))
+    teacher = lax.stop_gradient(teacher)
     largest = _most_probable(teacher, top_k)
     entropy = _entropy(largest, jnp.ones(largest.shape[:-1], jnp.float32))
     target = entropy + entropy_gain * jax.nn.sigmoid(slope * (entropy - pivot))
     temperature = _bisect(largest, target, min_temperature, max_temperature, iterations=20)
     temperature = jnp.where(entropy <= entropy_floor, min_temperature, temperature)
-    flattened = label_value(jax.nn.log_softmax(teacher / temperature[..., None]), labels)
+    return label_value(jax.nn.log_softmax(teacher / temperature[..., None]), labels)
+
+
+def near_teacher(
+    log_prob: jax.Array, flattened: jax.Array, distillation_weight: jax.typing.ArrayLike
+) -> jax.Array:
+    """-l + distillation_weight (l - q)^2 / 2."""
+    checks.check_between("distillation_weight", distillation_weight, 0.0, float("inf"))
     weight = jnp.asarray(distillation_weight, jnp.float32)
     return weight * 0.5 * jnp.square(log_prob - flattened) - log_prob
 

@@ -1,12 +1,15 @@
 """Identities of the supervised fine-tuning family, its randomness, and what it refuses."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+from jaxdistill.kernels import tiles
 
 from jaxdistill import losses
 from jaxdistill.losses import from_hidden
-from tests.losses.oracle import log_softmax, pick
+from tests.losses.oracle import log_softmax, pick, softmax
 
 RNG = np.random.default_rng(0)
 LOGITS = (RNG.normal(size=(6, 7)) * 2).astype(np.float32)
@@ -48,8 +51,9 @@ def test_masked_thought_is_a_function_of_its_key_and_of_a_traced_rate() -> None:
 
 def test_dft_has_the_gradient_of_minus_p() -> None:
     gradient = jax.grad(lambda x: losses.dft(x, LABELS).sum())(LOGITS)
-    expected = jax.grad(lambda x: -np.float32(1) * jax.numpy.exp(losses.log_probs(x, LABELS)).sum())
-    np.testing.assert_allclose(gradient, expected(LOGITS), rtol=1e-5, atol=1e-7)
+    p = softmax(LOGITS.astype(np.float64))
+    expected = pick(p, LABELS)[:, None] * (p - np.eye(7)[LABELS])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_dft_raises_improbable_tokens_which_undetached_weights_would_lower() -> None:
@@ -112,15 +116,13 @@ def test_samples_never_meet_a_token_without_probability() -> None:
 
 def test_curio_turns_where_the_student_is_one_nat_surer_than_its_teacher() -> None:
     """The gradient in log p_label is -(1 - (l - q)); q is made from a teacher at the low clamp."""
-    teacher = np.zeros((1, 2), np.float32)  # q = log 1/2, so the sign flips at p = e/2 > 1: never
-    sure = np.array([[9.0, 0.0]], np.float32)
     label = np.array([0])
-    assert jax.grad(lambda x: losses.curio_sft(x, teacher, label).sum())(sure)[0, 0] < 0
-    teacher = np.zeros((1, 8), np.float32)  # q = log 1/8: flips at p = e/8
-    for probability, sign in ((0.32, -1), (0.36, 1)):
-        logits = np.log(np.array([[probability] + [(1 - probability) / 7] * 7], np.float32))
-        gradient = jax.grad(lambda x: losses.curio_sft(x, teacher, label).sum())(logits)
-        assert np.sign(gradient[0, 0]) == sign
+    slope = jax.jit(jax.grad(lambda x, teacher: losses.curio_sft(x, teacher, label).sum()))
+    for vocab_size, probability, sign in ((2, 0.999, -1), (8, 0.32, -1), (8, 0.36, 1)):
+        teacher = np.zeros((1, vocab_size), np.float32)  # q = -log V: flips at p = e / V
+        others = [(1 - probability) / (vocab_size - 1)] * (vocab_size - 1)
+        logits = np.log(np.array([[probability, *others]], np.float32))
+        assert np.sign(slope(logits, teacher)[0, 0]) == sign
 
 
 def test_curio_without_distillation_is_cross_entropy() -> None:
@@ -180,7 +182,8 @@ def test_key_tokens_of_a_call_worked_by_hand() -> None:
 def test_unlikelihood_holds_where_p_rounds_to_one(gap: float) -> None:
     """-log(1 - p) is the gap, and the gradient in its logit is p: 1, not 0."""
     logits, label = np.array([[gap, 0.0]], np.float32), np.array([0])
-    value, gradient = jax.value_and_grad(lambda x: losses.unlikelihood(x, label).sum())(logits)
+    run = jax.jit(jax.value_and_grad(lambda x: losses.unlikelihood(x, label).sum()))
+    value, gradient = run(logits)
     np.testing.assert_allclose(value, np.logaddexp(0, gap), rtol=1e-6)
     p = 1 / (1 + np.exp(-gap))
     np.testing.assert_allclose(gradient, [[p, -p]], rtol=1e-6)
@@ -190,12 +193,45 @@ def test_unlikelihood_from_hidden_ends_where_float32_does() -> None:
     hidden, head = np.array([[1.0], [30.0]], np.float32), np.array([[1.0], [0.0]], np.float32)
     labels = np.array([0, 0])
 
-    def total(hidden: jax.Array) -> jax.Array:
-        return from_hidden.unlikelihood(hidden, head, labels).sum()
+    @functools.partial(jax.grad, has_aux=True)
+    def run(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values = from_hidden.unlikelihood(hidden, head, labels)
+        return values.sum(), values
 
-    found = from_hidden.unlikelihood(hidden, head, labels)
+    gradient, found = jax.jit(run)(hidden)
     np.testing.assert_allclose(found, [np.log1p(np.e), 6 * np.log(10)], rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(total)(hidden), [[np.e / (1 + np.e)], [0]], rtol=1e-5)
+    np.testing.assert_allclose(gradient, [[np.e / (1 + np.e)], [0]], rtol=1e-5)
+
+
+def test_rollout_from_hidden_without_reward_of_wrong_tokens_is_dft() -> None:
+    head = np.eye(7, dtype=np.float32)
+    options = {"temperature": 1.0, "wrong_reward": 0.0}
+    found = from_hidden.one_token_rollout(LOGITS, head, LABELS, **options)
+    np.testing.assert_allclose(found, losses.dft(LOGITS, LABELS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["vd", "dv"])
+def test_curio_from_hidden_in_tiles_that_do_not_divide_the_tokens(monkeypatch, layout) -> None:
+    monkeypatch.setattr(tiles, "TILE_BYTES", 4 * 7 * 4)  # four of the six tokens
+    hidden, head = RNG.normal(size=(2, 6, 3)), RNG.normal(size=(2, 9, 3))
+    logits = (hidden @ head.swapaxes(1, 2))[..., :7]
+    heads = head if layout == "vd" else head.swapaxes(1, 2)
+    run = functools.partial(from_hidden.curio_sft, vocab_size=7, head_layout=layout)
+    found = jax.jit(run)(hidden[0], heads[0], hidden[1], heads[1], LABELS)
+    np.testing.assert_allclose(found, losses.curio_sft(*logits, LABELS), rtol=1e-5)
+
+
+def test_curio_from_hidden_never_holds_the_logits(monkeypatch) -> None:
+    tokens, vocab_size = 1024, 2048
+    monkeypatch.setattr(tiles, "TILE_BYTES", 2**16)
+    hidden, head = np.ones((tokens, 4), np.float32), np.ones((vocab_size, 4), np.float32)
+    labels = np.zeros(tokens, int)
+
+    def total(hidden: jax.Array, teacher: jax.Array) -> jax.Array:
+        return from_hidden.curio_sft(hidden, head, teacher, head, labels).sum()
+
+    compiled = jax.jit(jax.grad(total)).lower(hidden, hidden).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab_size * 4 / 4
 
 
 @pytest.mark.parametrize(
@@ -226,7 +262,18 @@ def test_unlikelihood_from_hidden_ends_where_float32_does() -> None:
         (lambda: losses.temperature_for_entropy(LOGITS, LABELS, top_k=0), "top_k must lie in"),
         (lambda: losses.temperature_for_entropy(LOGITS, 1.0), "target_entropy must have shape"),
         (lambda: losses.curio_sft(LOGITS, REFERENCE, LABELS, entropy_gain=-1), "entropy_gain must"),
-        (lambda: losses.curio_sft(LOGITS, REFERENCE[:2], LABELS), "labels must have shape"),
+        (
+            lambda: losses.curio_sft(LOGITS, REFERENCE[:, :5], LABELS),
+            "teacher_logits must have the",
+        ),
+        (
+            lambda: from_hidden.curio_sft(LOGITS, LOGITS, LOGITS, LOGITS[:, :4], LABELS % 6),
+            "teacher_head of layout 'vd' must have width 7",
+        ),
+        (
+            lambda: from_hidden.one_token_rollout(LOGITS, LOGITS, LABELS % 6, wrong_reward=2.0),
+            "wrong_reward must lie",
+        ),
         (lambda: losses.key_token_weights(1, 1), r"mask must have shape \[..., T\]"),
         (lambda: losses.key_token_weights(LABELS[:2], LABELS), "key_mask must have shape"),
         (lambda: losses.key_token_weights(LABELS, LABELS, max_weight=0.5), "max_weight must lie"),

@@ -4,6 +4,7 @@ Train with these: memory grows with a tile of about 64 MiB, not with [tokens, vo
 """
 
 from jaxdistill.losses.from_hidden.cross_entropy import cross_entropy, log_probs
+from jaxdistill.losses.from_hidden.curio import curio_sft
 from jaxdistill.losses.from_hidden.divergence import forward_kl, reverse_kl
 from jaxdistill.losses.from_hidden.policy import (
     chord,
@@ -35,7 +36,7 @@ from jaxdistill.losses.from_hidden.preference import (
     sequence_log_prob,
     simpo,
 )
-from jaxdistill.losses.from_hidden.sft import asft, dft, unlikelihood
+from jaxdistill.losses.from_hidden.sft import asft, dft, one_token_rollout, unlikelihood
 
 __all__ = [
     "asft",
@@ -43,6 +44,7 @@ __all__ = [
     "cispo",
     "cpo",
     "cross_entropy",
+    "curio_sft",
     "dapo",
     "dft",
     "dpo",
@@ -56,6 +58,7 @@ __all__ = [
     "log_probs",
     "luffy",
     "on_policy_distillation",
+    "one_token_rollout",
     "opsd",
     "orpo",
     "pi_distill",

@@ -1,10 +1,12 @@
-"""The supervised fine-tuning objectives that need only log-probabilities and divergences."""
+"""The supervised fine-tuning objectives from hidden states, the logits of two models at most."""
 
 from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from jaxdistill.kernels import linear_cross_entropy
 from jaxdistill.losses import checks, sft
 from jaxdistill.losses.from_hidden.cross_entropy import log_probs
 from jaxdistill.losses.from_hidden.divergence import forward_kl
@@ -109,6 +111,59 @@ def asft(
         implementation=implementation,
     )
     return imitation + jnp.asarray(kl_weight, jnp.float32) * anchor
+
+
+def one_token_rollout(
+    hidden: jax.typing.ArrayLike,
+    head: jax.typing.ArrayLike,
+    labels: jax.typing.ArrayLike,
+    *,
+    temperature: jax.typing.ArrayLike = 1.3,
+    wrong_reward: jax.typing.ArrayLike = -0.1,
+    **head_options: Unpack[HeadOptions],
+) -> jax.Array:
+    """The exact one-token rollout from hidden states; see `losses.one_token_rollout`.
+
+        -sum_a p'_a R(a) log p_a
+        p = softmax(logits), p' = softmax(logits / temperature), R(label) = 1, else wrong_reward
+
+    No gradient flows through p'. The head runs twice, once at each temperature: what is sampled
+    from p' is never needed, because
+
+        sum_a p'_a log p_a = log p_label - temperature (log p'_label + entropy of p')
+
+    Args:
+      hidden, head, labels: as for `from_hidden.dft`.
+      temperature: scalar above 0.
+      wrong_reward: scalar below 1.
+      vocab_size, soft_cap, head_layout, implementation: as for `from_hidden.dft`.
+
+    Returns:
+      `[...]`, float32, nats.
+
+    Raises:
+      ValueError: an argument of the wrong shape, type or range.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxdistill.losses import from_hidden
+      >>> hidden, head = np.ones((1, 4), np.float32), np.zeros((4, 4), np.float32)
+      >>> print(from_hidden.one_token_rollout(hidden, head, np.array([2])).round(4))
+      [0.2426]
+    """
+    checks.check_between("wrong_reward", wrong_reward, float("-inf"), 1.0)
+    log_prob = log_probs(hidden, head, labels, **head_options)
+    explored = linear_cross_entropy(
+        hidden, head, labels, temperature=temperature, with_entropy=True, **head_options
+    )
+    # Without a gradient of the entropy, that of the identity is p' - p in the logits: that of
+    # sum_a p'_a log p_a where p' is a constant.
+    still = lax.stop_gradient(explored.entropy)
+    temperature = lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
+    of_all = log_prob - temperature * (explored.log_prob + still)
+    of_label = lax.stop_gradient(jnp.exp(explored.log_prob)) * log_prob
+    wrong = jnp.asarray(wrong_reward, jnp.float32)
+    return -((1.0 - wrong) * of_label + wrong * of_all)
 
 
 def unlikelihood(
