@@ -26,6 +26,7 @@ def dft(
 
     The gradient is that of -p_label. The weights are not part of the normaliser: reduce with
     `token_mean(values, mask)`. The value says little of the fit, log `cross_entropy` beside it.
+    TRL's loss_type="dft" divides by the tokens of a microbatch if not told those of the step.
 
     Args:
       logits: `[..., V]`.
