@@ -65,7 +65,7 @@ def test_differences_are_sentences_that_name_a_peer() -> None:
     told = make_losses.differences(losses.cpo)
     assert told.startswith("TRL averages the likelihood over the tokens of a microbatch")
     assert "The margin is on sums" not in told
-    assert make_losses.differences(losses.dft) == ""
+    assert make_losses.differences(losses.linear_ramp) == ""
 
 
 def test_peers_are_those_we_know() -> None:
