@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxdistill.kernels.linear_cross_entropy.reference import full_logits
+from jaxdistill.kernels.linear_divergence.kinds import MIXTURES, teacher_share
 
 
 def linear_divergence(
@@ -11,6 +13,7 @@ def linear_divergence(
     teacher_hidden: jax.Array,
     teacher_head: jax.Array,
     temperature: jax.Array,
+    share: jax.Array,
     *,
     kind: str,
     vocab_size: int,
@@ -30,6 +33,23 @@ def linear_divergence(
             teacher_hidden, teacher_head, temperature, vocab_size, teacher_soft_cap, vocab_axis
         )
     )
-    if kind == "reverse_kl":
-        log_p, log_q = log_q, log_p
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    if kind == "total_variation":
+        return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+    if kind in MIXTURES:
+        return _of_mixture(kind, log_q, log_p, share)
+    forward, reverse = p * (log_p - log_q), q * (log_q - log_p)
+    terms = {"forward_kl": forward, "reverse_kl": reverse}.get(kind, 0.5 * (forward + reverse))
+    return jnp.sum(terms, axis=-1)
+
+
+def _of_mixture(kind: str, log_q: jax.Array, log_p: jax.Array, share: jax.Array) -> jax.Array:
+    weight = teacher_share(kind, share)
+    mixture = jnp.logaddexp(jnp.log(weight) + log_p, jnp.log1p(-weight) + log_q)
+    if kind == "skew_reverse_kl_fixed_mixture":
+        mixture = lax.stop_gradient(mixture)
+    of_teacher = jnp.sum(jnp.exp(log_p) * (log_p - mixture), axis=-1)
+    of_student = jnp.sum(jnp.exp(log_q) * (log_q - mixture), axis=-1)
+    if kind == "jensen_shannon":
+        return share * of_teacher + (1 - share) * of_student
+    return of_teacher if kind == "skew_forward_kl" else of_student

@@ -1,12 +1,13 @@
 """The lean twin: one tile of both models' logits at a time, forward and backward, in plain XLA.
 
-Write KL(p||q), with (p, q) = (teacher, student) for the forward and (student, teacher) for the
-reverse. With running maxima m and totals Z of both, the forward pass keeps
+A KL takes one sweep over the vocabulary. Write KL(p||q), with (p, q) = (teacher, student) for the
+forward and (student, teacher) for the reverse. With running maxima m and totals Z of both, it keeps
 
     A = sum exp(p - m_p) ((p - m_p) - (q - m_q));    KL = A / Z_p - log Z_p + log Z_q
 
-so the terms stay near the size of the divergence however large the logits. Residuals are the
-inputs, both log-sum-exps and the KL: nothing of size [tokens, vocabulary].
+so the terms stay near the size of the divergence however large the logits. The other kinds need
+both log-sum-exps first, so they take a second sweep. Residuals are the inputs, both log-sum-exps
+and the sum of the slopes (see `kinds`): nothing of size [tokens, vocabulary].
 """
 
 import functools
@@ -17,6 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxdistill.kernels import tiles
+from jaxdistill.kernels.linear_divergence import kinds
+
+# Which KLs a kind is the mean of: True is the forward one.
+DIRECTIONS = {"forward_kl": (True,), "reverse_kl": (False,), "symmetric_kl": (True, False)}
 
 
 class _Options(NamedTuple):
@@ -27,12 +32,31 @@ class _Options(NamedTuple):
     tiling: tiles.Tiling
 
 
+class _Models(NamedTuple):
+    """The operands: hidden states [num_chunks, C, D] and heads, and two scalars."""
+
+    student_hidden: jax.Array
+    student_head: jax.Array
+    teacher_hidden: jax.Array
+    teacher_head: jax.Array
+    temperature: jax.Array
+    share: jax.Array
+
+
 class _Running(NamedTuple):
     """Statistics of the columns seen so far, [num_chunks, C] each."""
 
     student: tiles.OnlineSoftmax
     teacher: tiles.OnlineSoftmax
-    difference: jax.Array  # A of the module's docstring
+    differences: tuple[jax.Array, ...]  # A of the module's docstring, for each direction
+
+
+class _Sums(NamedTuple):
+    """What the backward pass needs of the whole vocabulary, [num_chunks, C] each."""
+
+    student: jax.Array  # log-sum-exp
+    teacher: jax.Array
+    slopes: jax.Array
 
 
 def linear_divergence(
@@ -41,6 +65,7 @@ def linear_divergence(
     teacher_hidden: jax.Array,
     teacher_head: jax.Array,
     temperature: jax.Array,
+    share: jax.Array,
     *,
     kind: str,
     vocab_size: int,
@@ -55,83 +80,107 @@ def linear_divergence(
     tiling = tiles.plan(math.prod(shape), vocab_size, chunk_tokens, chunk_vocab)
     soft_caps = (student_soft_cap, teacher_soft_cap)
     options = _Options(kind, vocab_size, soft_caps, vocab_axis, tiling)
-    student_hidden, student_head, teacher_hidden, teacher_head, temperature = tiles.vary_alike(
-        student_hidden, student_head, teacher_hidden, teacher_head, temperature
+    models = _Models(
+        *tiles.vary_alike(
+            tiles.chunk(student_hidden, len(shape), tiling),
+            student_head,
+            tiles.chunk(teacher_hidden, len(shape), tiling),
+            teacher_head,
+            temperature,
+            share,
+        )
     )
-    divergence = _chunked(
-        options,
-        tiles.chunk(student_hidden, len(shape), tiling),
-        student_head,
-        tiles.chunk(teacher_hidden, len(shape), tiling),
-        teacher_head,
-        temperature,
-    )
-    return tiles.unchunk(divergence, shape)
+    return tiles.unchunk(_chunked(options, models), shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(
-    options: _Options,
-    student_hidden: jax.Array,
-    student_head: jax.Array,
-    teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
-    temperature: jax.Array,
-) -> jax.Array:
-    """Two times [num_chunks, C, D] and a head -> divergence [num_chunks, C]."""
-    running = _statistics(
-        options, student_hidden, student_head, teacher_hidden, teacher_head, temperature
+def _chunked(options: _Options, models: _Models) -> jax.Array:
+    """Divergence [num_chunks, C]."""
+    return _divergence_and_sums(options, models)[0]
+
+
+def _divergence_and_sums(options: _Options, models: _Models) -> tuple[jax.Array, _Sums]:
+    running = _statistics(options, models)
+    log_sum_exps = running.student.log_sum_exp(), running.teacher.log_sum_exp()
+    if options.kind not in kinds.KL:
+        divergence, slopes = _second_sweep(options, models, *log_sum_exps)
+        return divergence, _Sums(*log_sum_exps, slopes)
+    directions = DIRECTIONS[options.kind]
+    divergences, slopes = [], []
+    for forward, difference in zip(directions, running.differences, strict=True):
+        p, q = running.teacher, running.student
+        if not forward:
+            p, q = q, p
+        divergences.append(difference / p.total - jnp.log(p.total) + jnp.log(q.total))
+        slopes.append(-jnp.ones_like(difference) if forward else divergences[-1])
+    mean = 1 / len(directions)
+    return mean * sum(divergences), _Sums(*log_sum_exps, mean * sum(slopes))
+
+
+def _in_product_types(models: _Models) -> _Models:
+    return models._replace(
+        student_hidden=tiles.in_product_type(models.student_hidden, models.student_head),
+        teacher_hidden=tiles.in_product_type(models.teacher_hidden, models.teacher_head),
     )
-    return _divergence(options, running)
 
 
-def _statistics(
-    options: _Options,
-    student_hidden: jax.Array,
-    student_head: jax.Array,
-    teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
-    temperature: jax.Array,
-) -> _Running:
-    student_hidden = tiles.in_product_type(student_hidden, student_head)
-    teacher_hidden = tiles.in_product_type(teacher_hidden, teacher_head)
+def _zeros(models: _Models) -> jax.Array:
+    return jnp.zeros_like(models.student_hidden[..., 0], dtype=jnp.float32)
+
+
+def _statistics(options: _Options, models: _Models) -> _Running:
+    models = _in_product_types(models)
 
     def take_block(running: _Running, index: jax.Array) -> tuple[_Running, None]:
         columns = tiles.block_at(index, options.tiling, options.vocab_size)
-        student_block = _block(options, student_head, columns, student_hidden.dtype)
-        teacher_block = _block(options, teacher_head, columns, teacher_hidden.dtype)
+        blocks = _blocks(options, models, columns)
 
         def take_tile(_: None, chunk: tuple) -> tuple[None, _Running]:
-            student_hidden, teacher_hidden, running = chunk
-            student, _slope = _tile(options, 0, student_hidden, student_block, columns, temperature)
-            teacher, _slope = _tile(options, 1, teacher_hidden, teacher_block, columns, temperature)
+            *hidden, running = chunk
+            student, teacher, _slope = _tile(options, models, hidden, blocks)
             return None, _absorb(options, running, student, teacher, columns)
 
-        return lax.scan(take_tile, None, (student_hidden, teacher_hidden, running))[1], None
+        return lax.scan(take_tile, None, (*_hidden(models), running))[1], None
 
-    zeros = jnp.zeros_like(student_hidden[..., 0], dtype=jnp.float32)
-    start = _Running(tiles.start_softmax(zeros), tiles.start_softmax(zeros), zeros)
+    zeros = _zeros(models)
+    softmax, directions = tiles.start_softmax(zeros), DIRECTIONS.get(options.kind, ())
+    start = _Running(softmax, softmax, (zeros,) * len(directions))
     running, _ = lax.scan(take_block, start, jnp.arange(options.tiling.num_blocks))
     return running
 
 
-def _block(options: _Options, head: jax.Array, columns: tiles.Block, dtype: jnp.dtype) -> jax.Array:
-    size = options.tiling.chunk_vocab
-    return tiles.take_block(head, columns.start, size, options.vocab_axis).astype(dtype)
+def _hidden(models: _Models) -> tuple[jax.Array, jax.Array]:
+    return models.student_hidden, models.teacher_hidden
+
+
+def _blocks(
+    options: _Options, models: _Models, columns: tiles.Block
+) -> tuple[jax.Array, jax.Array]:
+    """These columns of both heads, in the type their products are taken in."""
+
+    def taken(head: jax.Array, hidden: jax.Array) -> jax.Array:
+        size = options.tiling.chunk_vocab
+        block = tiles.take_block(head, columns.start, size, options.vocab_axis)
+        return block.astype(hidden.dtype)
+
+    return (
+        taken(models.student_head, models.student_hidden),
+        taken(models.teacher_head, models.teacher_hidden),
+    )
 
 
 def _tile(
     options: _Options,
-    side: int,
-    hidden: jax.Array,
-    block: jax.Array,
-    columns: tiles.Block,
-    temperature: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Logits [C, Vb], -inf in columns that do not count, and their slope in the raw logits."""
-    raw = tiles.project(hidden, block, options.vocab_axis)
-    logits, slope = tiles.scaled(raw, temperature, options.soft_caps[side])
-    return jnp.where(columns.valid[None, :], logits, -jnp.inf), slope
+    models: _Models,
+    hidden: tuple[jax.Array, jax.Array],
+    blocks: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Student's and teacher's logits [C, Vb], and the slope of the student's in its raw ones."""
+    student, teacher = (
+        tiles.scaled(tiles.project(states, block, options.vocab_axis), models.temperature, cap)
+        for states, block, cap in zip(hidden, blocks, options.soft_caps, strict=True)
+    )
+    return student[0], teacher[0], student[1]
 
 
 def _absorb(
@@ -142,85 +191,109 @@ def _absorb(
     columns: tiles.Block,
 ) -> _Running:
     """Statistics after one more tile; `running` is that of its chunk, [C]."""
-    student, student_centred, student_shift = tiles.absorb(running.student, student_logits)
-    teacher, teacher_centred, teacher_shift = tiles.absorb(running.teacher, teacher_logits)
-    p_total, p, p_shift = running.teacher.total, teacher_centred, teacher_shift
-    q, q_shift = student_centred, student_shift
-    if options.kind == "reverse_kl":
-        p_total, p, q = running.student.total, q, p
-        p_shift, q_shift = q_shift, p_shift
-    terms = jnp.where(columns.valid[None, :], jnp.exp(p) * (p - q), 0.0)
-    moved = running.difference + p_total * (p_shift - q_shift)
-    return _Running(student, teacher, jnp.exp(p_shift) * moved + jnp.sum(terms, axis=-1))
+    valid = columns.valid[None, :]
+    student, of_student, student_shift = tiles.absorb(
+        running.student, jnp.where(valid, student_logits, -jnp.inf)
+    )
+    teacher, of_teacher, teacher_shift = tiles.absorb(
+        running.teacher, jnp.where(valid, teacher_logits, -jnp.inf)
+    )
+    differences = []
+    for forward, before in zip(DIRECTIONS.get(options.kind, ()), running.differences, strict=True):
+        p_total, p, p_shift = running.teacher.total, of_teacher, teacher_shift
+        q, q_shift = of_student, student_shift
+        if not forward:
+            p_total, p, q = running.student.total, q, p
+            p_shift, q_shift = q_shift, p_shift
+        terms = jnp.where(valid, jnp.exp(p) * (p - q), 0.0)
+        moved = before + p_total * (p_shift - q_shift)
+        differences.append(jnp.exp(p_shift) * moved + jnp.sum(terms, axis=-1))
+    return _Running(student, teacher, tuple(differences))
 
 
-def _divergence(options: _Options, running: _Running) -> jax.Array:
-    p, q = running.teacher, running.student
-    if options.kind == "reverse_kl":
-        p, q = q, p
-    return running.difference / p.total - jnp.log(p.total) + jnp.log(q.total)
+def _second_sweep(
+    options: _Options, models: _Models, student_sum: jax.Array, teacher_sum: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sums of the terms and of the slopes, [num_chunks, C], given both log-sum-exps."""
+    models = _in_product_types(models)
+
+    def take_block(totals: tuple, index: jax.Array) -> tuple[tuple, None]:
+        columns = tiles.block_at(index, options.tiling, options.vocab_size)
+        blocks = _blocks(options, models, columns)
+
+        def take_tile(_: None, chunk: tuple) -> tuple[None, tuple]:
+            *hidden, student_sum, teacher_sum, totals = chunk
+            student, teacher, _slope = _tile(options, models, hidden, blocks)
+            log_q, log_p = student - student_sum[:, None], teacher - teacher_sum[:, None]
+            found = (
+                of(options.kind, log_q, log_p, models.share) for of in (kinds.terms, kinds.slopes)
+            )
+            return None, tuple(
+                total + jnp.sum(jnp.where(columns.valid[None, :], x, 0.0), axis=-1)
+                for total, x in zip(totals, found, strict=True)
+            )
+
+        chunks = (*_hidden(models), student_sum, teacher_sum, totals)
+        return lax.scan(take_tile, None, chunks)[1], None
+
+    zeros = _zeros(models)
+    totals, _ = lax.scan(take_block, (zeros, zeros), jnp.arange(options.tiling.num_blocks))
+    return totals
 
 
-def _forward(options: _Options, *operands: jax.Array) -> tuple[jax.Array, tuple]:
-    running = _statistics(options, *operands)
-    divergence = _divergence(options, running)
-    sums = (running.student.log_sum_exp(), running.teacher.log_sum_exp())
-    return divergence, (operands, sums, divergence)
+def _forward(options: _Options, models: _Models) -> tuple[jax.Array, tuple[_Models, _Sums]]:
+    divergence, sums = _divergence_and_sums(options, models)
+    return divergence, (models, sums)
 
 
 def _backward(
-    options: _Options, residuals: tuple, cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None, None]:
+    options: _Options, residuals: tuple[_Models, _Sums], cotangent: jax.Array
+) -> tuple[_Models]:
     """Gradients of the student; the one nobody asks for is dead code to the compiler."""
-    operands, (student_sum, teacher_sum), divergence = residuals
-    original, student_head, teacher_hidden, teacher_head, temperature = operands
-    student_hidden = tiles.in_product_type(original, student_head)
-    teacher_hidden = tiles.in_product_type(teacher_hidden, teacher_head)
-    per_token = (student_sum, teacher_sum, divergence, cotangent)
+    original, sums = residuals
+    models = _in_product_types(original)
     axis = options.vocab_axis
 
     def take_block(gradients: tuple, index: jax.Array) -> tuple[tuple, None]:
         hidden_total, head_total = gradients
         columns = tiles.block_at(index, options.tiling, options.vocab_size)
-        student_block = _block(options, student_head, columns, student_hidden.dtype)
-        teacher_block = _block(options, teacher_head, columns, teacher_hidden.dtype)
+        blocks = _blocks(options, models, columns)
 
         def take_tile(block_total: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
-            hidden, teacher_hidden, total, per_token = chunk
-            student, slope = _tile(options, 0, hidden, student_block, columns, temperature)
-            teacher, _slope = _tile(options, 1, teacher_hidden, teacher_block, columns, temperature)
-            raw = slope * _logits_gradient(options, student, teacher, columns, *per_token)
-            block_total += tiles.head_gradient(raw, hidden, axis)
-            return block_total, total + tiles.hidden_gradient(raw, student_block, axis)
+            *hidden, total, sums, cotangent = chunk
+            student, teacher, slope = _tile(options, models, hidden, blocks)
+            gradient = _logits_gradient(options, student, teacher, sums, models.share)
+            raw = jnp.where(columns.valid[None, :], slope * cotangent[:, None] * gradient, 0.0)
+            block_total += tiles.head_gradient(raw, hidden[0], axis)
+            return block_total, total + tiles.hidden_gradient(raw, blocks[0], axis)
 
-        nothing = jnp.zeros_like(student_block, dtype=jnp.float32)
-        chunks = (student_hidden, teacher_hidden, hidden_total, per_token)
+        nothing = jnp.zeros_like(blocks[0], dtype=jnp.float32)
+        chunks = (*_hidden(models), hidden_total, sums, cotangent)
         part, hidden_total = lax.scan(take_tile, nothing, chunks)
         return (hidden_total, tiles.add_block(head_total, part, columns.start, axis)), None
 
-    start = (jnp.zeros_like(student_hidden, dtype=jnp.float32), jnp.zeros_like(student_head))
+    start = (
+        jnp.zeros_like(models.student_hidden, dtype=jnp.float32),
+        jnp.zeros_like(models.student_head),
+    )
     blocks = jnp.arange(options.tiling.num_blocks)
     (hidden_total, head_total), _ = lax.scan(take_block, start, blocks)
-    return hidden_total.astype(original.dtype), head_total, None, None, None
+    nothing = jax.tree.map(lambda _: None, models)
+    hidden_total = hidden_total.astype(original.student_hidden.dtype)
+    return (nothing._replace(student_hidden=hidden_total, student_head=head_total),)
 
 
 def _logits_gradient(
     options: _Options,
     student_logits: jax.Array,
     teacher_logits: jax.Array,
-    columns: tiles.Block,
-    student_sum: jax.Array,
-    teacher_sum: jax.Array,
-    divergence: jax.Array,
-    cotangent: jax.Array,
+    sums: _Sums,
+    share: jax.Array,
 ) -> jax.Array:
-    """d forward KL = Q - P;  d reverse KL = Q (log Q - log P - KL)."""
-    log_q = student_logits - student_sum[:, None]
-    log_p = teacher_logits - teacher_sum[:, None]
-    if options.kind == "forward_kl":
-        return cotangent[:, None] * (jnp.exp(log_q) - jnp.exp(log_p))
-    excess = log_q - log_p - divergence[:, None]
-    return cotangent[:, None] * jnp.where(columns.valid[None, :], jnp.exp(log_q) * excess, 0.0)
+    log_q = student_logits - sums.student[:, None]
+    log_p = teacher_logits - sums.teacher[:, None]
+    slopes = kinds.slopes(options.kind, log_q, log_p, share)
+    return slopes - jnp.exp(log_q) * sums.slopes[:, None]
 
 
 _chunked.defvjp(_forward, _backward)

@@ -50,18 +50,50 @@ def divergence(
     cotangent: np.ndarray,
     temperature: float = 1.0,
     soft_caps: tuple[float | None, float | None] = (None, None),
-) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """KL per token and the student's gradients of sum(cotangent * KL)."""
+    share: float | None = None,
+) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Divergence per token, the student's gradients of sum(cotangent * divergence), and scales.
+
+    A scale is the sum of the magnitudes whose signed sum is the gradient: to it the rounding of
+    any order of summation is relative. Where a bounded divergence is at its bound the gradient
+    itself is what is left of numbers that cancel.
+    """
     logits, slope = logits_of(*student, temperature, soft_caps[0])
     log_q, _ = log_softmax(logits)
     log_p, _ = log_softmax(logits_of(*teacher, temperature, soft_caps[1])[0])
-    p, q = np.exp(log_p), np.exp(log_q)
-    if kind == "forward_kl":
-        values = (p * (log_p - log_q)).sum(-1)
-        gradient = q - p
-    else:
-        values = (q * (log_q - log_p)).sum(-1)
-        gradient = q * (log_q - log_p - values[:, None])
-    raw = slope * gradient * cotangent[:, None]
+    terms, derivative = of_probabilities(kind, log_p, log_q, share)
+    q = np.exp(log_q)
+    gradient = q * (derivative - (q * derivative).sum(-1, keepdims=True))
+    magnitude = q * (np.abs(derivative) + (q * np.abs(derivative)).sum(-1, keepdims=True))
+    gradient, magnitude = (slope * x * cotangent[:, None] for x in (gradient, magnitude))
     hidden, head = student
-    return values, (raw @ head, raw.T @ hidden)
+    scales = np.abs(magnitude) @ np.abs(head), np.abs(magnitude).T @ np.abs(hidden)
+    return terms.sum(-1), (gradient @ head, gradient.T @ hidden), scales
+
+
+def of_probabilities(
+    kind: str, log_p: np.ndarray, log_q: np.ndarray, share: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The terms whose sum is the divergence, and its derivative in q."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    forward = p * (log_p - log_q), -np.exp(log_p - log_q)
+    reverse = q * (log_q - log_p), log_q - log_p + 1
+    if kind == "forward_kl":
+        return forward
+    if kind == "reverse_kl":
+        return reverse
+    if kind == "symmetric_kl":
+        return (forward[0] + reverse[0]) / 2, (forward[1] + reverse[1]) / 2
+    if kind == "total_variation":
+        return np.abs(p - q) / 2, np.sign(q - p) / 2
+    weight = 1 - share if kind.startswith("skew_reverse") else share
+    mixture = weight * p + (1 - weight) * q
+    log_m = np.log(mixture)
+    if kind == "skew_forward_kl":
+        return p * (log_p - log_m), -(1 - share) * p / mixture
+    if kind == "jensen_shannon":
+        terms = share * p * (log_p - log_m) + (1 - share) * q * (log_q - log_m)
+        through_mixture = (1 - share) * (share * p + (1 - share) * q) / mixture
+        return terms, (1 - share) * (log_q - log_m + 1) - through_mixture
+    through_mixture = 0 if kind.endswith("fixed_mixture") else share * q / mixture
+    return q * (log_q - log_m), log_q - log_m + 1 - through_mixture

@@ -47,7 +47,17 @@ def test_cross_entropy_says_what_is_wrong(change: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "kl"}, "kind must be one of 'forward_kl', 'reverse_kl', but it is 'kl'"),
+        ({"kind": "kl"}, "kind must be one of 'forward_kl', 'reverse_kl', 'symmetric_kl', "),
+        ({"kind": "jensen_shannon"}, "share must be a scalar for kind 'jensen_shannon', but it is"),
+        (
+            {"kind": "jensen_shannon", "share": 0.0},
+            "share must lie in (0, 1) for kind 'jensen_shannon', but it is 0.0",
+        ),
+        (
+            {"kind": "skew_reverse_kl", "share": 1.0},
+            "share must lie in [0, 1) for kind 'skew_reverse_kl', but it is 1.0",
+        ),
+        ({"share": 0.5}, "share must be None for kind 'forward_kl', but it is 0.5"),
         ({"teacher_head": HEAD[:7]}, "one vocabulary, but they have 8 and 7 columns: if they"),
         ({"teacher_head": HEAD[:, :3]}, "must have width 4 as teacher_hidden has, but its shape"),
         ({"teacher_hidden": HIDDEN[:1]}, "teacher_hidden must have leading shape (2, 3) as"),
