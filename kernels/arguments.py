@@ -78,6 +78,30 @@ def check_head(
     return padded if vocab_size is None else vocab_size
 
 
+def check_two_heads(
+    student: tuple[jax.Array, jax.Array],
+    teacher: tuple[jax.Array, jax.Array],
+    head_layout: str,
+    vocab_size: int | None,
+) -> int:
+    """Raise ValueError unless two (hidden, head) fit each other; the columns that count."""
+    columns = [
+        check_head("student_", *student, head_layout, vocab_size),
+        check_head("teacher_", *teacher, head_layout, vocab_size),
+    ]
+    if columns[0] != columns[1]:
+        raise ValueError(
+            f"student_head and teacher_head must have one vocabulary, but they have {columns[0]} "
+            f"and {columns[1]} columns: if they share the first ones, say how many by vocab_size"
+        )
+    if student[0].shape[:-1] != teacher[0].shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden must have leading shape {student[0].shape[:-1]} as "
+            f"student_hidden has, but its shape is {teacher[0].shape}"
+        )
+    return columns[0]
+
+
 def check_chunk(name: str, value: int | None) -> None:
     """Raise ValueError unless a chunk size is None or a whole number above 0."""
     if value is not None and (not isinstance(value, int) or value < 1):

@@ -61,8 +61,9 @@ def chunk(array: jax.Array, leading: int, tiling: Tiling) -> jax.Array:
 
 
 def unchunk(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[num_chunks, chunk_tokens] -> `shape`, without the tokens that filled the last chunk."""
-    return values.reshape(-1)[: math.prod(shape)].reshape(shape)
+    """[num_chunks, chunk_tokens, *rest] -> [*shape, *rest], without what filled the last chunk."""
+    rest = values.shape[2:]
+    return values.reshape(-1, *rest)[: math.prod(shape)].reshape(*shape, *rest)
 
 
 class Block(NamedTuple):

@@ -78,20 +78,9 @@ def linear_divergence(
     teacher_hidden = lax.stop_gradient(jnp.asarray(teacher_hidden))
     teacher_head = lax.stop_gradient(jnp.asarray(teacher_head))
     _check_kind(kind, share)
-    columns = [
-        arguments.check_head("student_", student_hidden, student_head, head_layout, vocab_size),
-        arguments.check_head("teacher_", teacher_hidden, teacher_head, head_layout, vocab_size),
-    ]
-    if columns[0] != columns[1]:
-        raise ValueError(
-            f"student_head and teacher_head must have one vocabulary, but they have {columns[0]} "
-            f"and {columns[1]} columns: if they share the first ones, say how many by vocab_size"
-        )
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        raise ValueError(
-            f"teacher_hidden must have leading shape {student_hidden.shape[:-1]} as "
-            f"student_hidden has, but its shape is {teacher_hidden.shape}"
-        )
+    columns = arguments.check_two_heads(
+        (student_hidden, student_head), (teacher_hidden, teacher_head), head_layout, vocab_size
+    )
     arguments.check_positive("temperature", temperature)
     for name, cap in (
         ("student_soft_cap", student_soft_cap),
@@ -110,7 +99,7 @@ def linear_divergence(
         lax.stop_gradient(jnp.asarray(temperature, jnp.float32)),
         lax.stop_gradient(jnp.asarray(0.0 if share is None else share, jnp.float32)),
         kind=kind,
-        vocab_size=columns[0],
+        vocab_size=columns,
         student_soft_cap=student_soft_cap,
         teacher_soft_cap=teacher_soft_cap,
         vocab_axis=arguments.VOCABULARY_AXIS[head_layout],

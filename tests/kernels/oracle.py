@@ -1,5 +1,7 @@
 """Float64 numpy oracles of the heads: values and gradients from the formulas, on full logits."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -52,7 +54,26 @@ def divergence(
     soft_caps: tuple[float | None, float | None] = (None, None),
     share: float | None = None,
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Divergence per token, the student's gradients of sum(cotangent * divergence), and scales.
+    """What `of_two_heads` gives for one kind of divergence."""
+
+    def of_logs(log_p: np.ndarray, log_q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        terms, derivative = of_probabilities(kind, log_p, log_q, share)
+        return terms.sum(-1), derivative
+
+    return of_two_heads(of_logs, student, teacher, cotangent, temperature, soft_caps)
+
+
+def of_two_heads(
+    of_logs: Callable,
+    student: tuple[np.ndarray, np.ndarray],
+    teacher: tuple[np.ndarray, np.ndarray],
+    cotangent: np.ndarray,
+    temperature: float = 1.0,
+    soft_caps: tuple[float | None, float | None] = (None, None),
+) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Values per token, the student's gradients of sum(cotangent * values), and their scales.
+
+    `of_logs(log_p, log_q)` gives the values `[N]` and their derivatives in q, `[N, V]`.
 
     A scale is the sum of the magnitudes whose signed sum is the gradient: to it the rounding of
     any order of summation is relative. Where a bounded divergence is at its bound the gradient
@@ -61,14 +82,14 @@ def divergence(
     logits, slope = logits_of(*student, temperature, soft_caps[0])
     log_q, _ = log_softmax(logits)
     log_p, _ = log_softmax(logits_of(*teacher, temperature, soft_caps[1])[0])
-    terms, derivative = of_probabilities(kind, log_p, log_q, share)
+    values, derivative = of_logs(log_p, log_q)
     q = np.exp(log_q)
     gradient = q * (derivative - (q * derivative).sum(-1, keepdims=True))
     magnitude = q * (np.abs(derivative) + (q * np.abs(derivative)).sum(-1, keepdims=True))
     gradient, magnitude = (slope * x * cotangent[:, None] for x in (gradient, magnitude))
     hidden, head = student
     scales = np.abs(magnitude) @ np.abs(head), np.abs(magnitude).T @ np.abs(hidden)
-    return terms.sum(-1), (gradient @ head, gradient.T @ hidden), scales
+    return values, (gradient @ head, gradient.T @ hidden), scales
 
 
 def of_probabilities(
