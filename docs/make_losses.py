@@ -14,7 +14,7 @@ from jaxdistill import losses
 
 PAGE = pathlib.Path(__file__).with_name("losses.md")
 
-PEERS = ("TRL", "verl", "Tunix", "torch", "optax")
+PEERS = ("TRL", "verl", "Tunix", "torch", "optax", "transformers")
 
 # The reductions papers use. The last three need no call: the result is of a row, or reduced.
 TOKENS = "`token_mean`"
@@ -50,6 +50,60 @@ FAMILIES: dict[str, dict[str, Facts]] = {
     "Divergences of a student from a teacher": {
         "forward_kl": Facts(TOKENS, "torch, optax, TRL, Tunix"),
         "reverse_kl": Facts(TOKENS, "torch, optax, TRL"),
+        "symmetric_kl": Facts(TOKENS),
+        "jensen_shannon": Facts(TOKENS, "TRL"),
+        "skew_forward_kl": Facts(TOKENS),
+        "skew_reverse_kl": Facts(TOKENS),
+        "adaptive_kl": Facts(TOKENS),
+        "total_variation": Facts(TOKENS),
+        "log_acceptance": Facts(TOKENS),
+        "tvd_plus_plus": Facts(TOKENS),
+    },
+    "Sparse and cross-vocabulary divergences": {
+        "top_k_teacher": Facts(NONE, "Tunix (inside)"),
+        "topk_forward_kl": Facts(TOKENS, "TRL (the bucket)"),
+        "sample_teacher": Facts(NONE),
+        "sampled_forward_kl": Facts(TOKENS),
+        "first": Facts("`sequence_sum`", "TRL, Tunix (no bucket)"),
+        "recalibrate_top_k": Facts(NONE),
+        "universal_logit": Facts(SEQUENCES, "TRL"),
+        "taid_target": Facts(NONE),
+    },
+    "Distillation of classifiers": {
+        "decoupled_kd": Facts("mean over rows"),
+        "standardize_logits": Facts(NONE),
+        "dist": Facts(f"{WITHIN}: mean over rows and over classes"),
+    },
+    "Features: position by position": {
+        "hidden_mse": Facts(TOKENS, "torch, optax, Tunix"),
+        "hidden_cosine": Facts(TOKENS, "torch, optax, Tunix"),
+        "dmae_alignment": Facts(TOKENS),
+        "masked_reconstruction": Facts(f"{TOKENS}, removed patches", "transformers"),
+        "attention_transfer": Facts("mean over images and positions"),
+        "attention_kl": Facts(TOKENS, "torch"),
+        "attention_mse": Facts(TOKENS),
+        "self_attention_relation": Facts(TOKENS),
+    },
+    "Features: relations between examples": {
+        "rkd_distance": Facts(f"{WITHIN}: {PAIRS}"),
+        "rkd_angle": Facts(f"{WITHIN}: mean over triples"),
+        "relation_cosine": Facts("mean over samples"),
+        "linear_cka": Facts(NONE),
+        "nt_xent": Facts("mean over rows", "optax"),
+        "barlow_twins": Facts(WITHIN),
+    },
+    "Features: joint labels, several heads, teachers and experts": {
+        "sla": Facts("mean over rows and transformations"),
+        "sla_single": Facts(NONE),
+        "sla_aggregate": Facts(NONE),
+        "sla_distillation": Facts("mean over rows"),
+        "ensemble_probabilities": Facts(NONE),
+        "output_discrimination": Facts("mean over rows"),
+        "reverse_gradient": Facts(NONE),
+        "dho": Facts(f"one {TOKENS} each, labelled and not"),
+        "dho_probabilities": Facts(NONE),
+        "unfused": Facts("mean over rows"),
+        "localized_balance": Facts(f"{WITHIN}, a value a layer"),
     },
     "Supervised fine-tuning": {
         "mask_thought": Facts(NONE),
@@ -160,7 +214,7 @@ weighted = losses.token_mean(values, mask * weights).mean()  # divided by the su
 
 "Reduction" is what the paper does with the values; "inside" means that the result is reduced.
 "Peers" are libraries that have the loss (TRL 1.16, Tunix 0.1.7, verl of mid-2026); parity tests
-hold those of TRL, torch and optax that can be called to 1e-5.
+hold those of TRL, torch, optax and transformers that can be called to 1e-5.
 """
 
 # A full stop ends a sentence, but not that of "Dr. GRPO".

@@ -12,6 +12,7 @@ from jaxdistill.losses import checks
 from jaxdistill.losses.distribution import label_value, log_softmax
 from jaxdistill.losses.divergence import forward_kl
 from jaxdistill.losses.reduce import log_probs
+from jaxdistill.losses.sampling import draw
 
 
 def dft(
@@ -161,28 +162,13 @@ def one_token_rollout(
         actions = jnp.broadcast_to(jnp.arange(log_p.shape[-1]), log_p.shape)
         scores, weights = log_p, jnp.exp(explored)
     else:
-        actions = _sample(key, jnp.exp(explored), num_samples)
+        actions = draw(key, explored, num_samples)
         scores, weights = jnp.take_along_axis(log_p, actions, -1), jnp.float32(1 / num_samples)
     reward = jnp.where(actions == labels, 1.0, jnp.asarray(wrong_reward, jnp.float32))
     # A token of probability 0 has a score of -inf and is never met: it counts for nothing.
     scores = jnp.where(scores > -jnp.inf, scores, 0.0)
     loss = -jnp.sum(weights * reward * scores, axis=-1)
     return jnp.where(jnp.isnan(of_label), jnp.nan, loss)
-
-
-def _sample(key: jax.Array, probabilities: jax.Array, num_samples: int) -> jax.Array:
-    """`[..., num_samples]` draws from `[..., V]`, by the inverse of the distribution function.
-
-    Memory is that of the result, where Gumbel noise would take num_samples times the logits.
-    """
-    vocab_size = probabilities.shape[-1]
-    cumulative = jnp.cumsum(probabilities, axis=-1)
-    uniform = jax.random.uniform(key, (*probabilities.shape[:-1], num_samples))
-    # Scaled by the rounded total, the largest draw stays below it: no index past the last token.
-    below = (uniform * cumulative[..., -1:]).reshape(-1, num_samples)
-    find = jax.vmap(lambda row, at: jnp.searchsorted(row, at, side="right"))
-    drawn = find(cumulative.reshape(-1, vocab_size), below).reshape(uniform.shape)
-    return jnp.minimum(drawn, vocab_size - 1)
 
 
 def key_token_weights(
@@ -280,5 +266,8 @@ def unlikelihood(
     column = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     is_label = column == jnp.asarray(labels, jnp.int32)[..., None]
     others = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-    # log(1 + p / (1 - p)) with p / (1 - p) = exp(label - others)
-    return jax.nn.softplus(of_label - others)
+    # log(1 + p / (1 - p)) with p / (1 - p) = exp(label - others). NaN joins after the softplus,
+    # whose derivative there would make the gradient NaN under every mask.
+    out_of_range = jnp.isnan(of_label)
+    loss = jax.nn.softplus(jnp.where(out_of_range, 0.0, of_label - others))
+    return jnp.where(out_of_range, jnp.nan, loss)

@@ -21,14 +21,20 @@ BATCH = 8  # rows of every batched input: two for each of the four devices
 NOT_LOSSES = {
     "Gae",
     "Shifted",
+    "TeacherSamples",
+    "TeacherTopK",
     "Weighted",
     "from_hidden",
+    "from_hidden.sample_teacher",
+    "from_hidden.top_k_teacher",
     "mask_thought",
+    "sample_teacher",
     "sequence_log_prob",
     "sequence_mean",
     "sequence_sum",
     "shift",
     "token_mean",
+    "top_k_teacher",
 }
 
 # Hidden-state forms that one wrapper makes: `from_hidden.policy_gradient` and others of its making
@@ -114,6 +120,5 @@ def all_cases() -> list[Case]:
 
 def public_losses() -> set[str]:
     """Public names of jaxdistill.losses and from_hidden that the registry must hold."""
-    names = {name for name in losses.__all__ if name not in NOT_LOSSES}
-    hidden = losses.from_hidden
-    return names | ({f"from_hidden.{name}" for name in hidden.__all__} - WRAPPED)
+    hidden = {f"from_hidden.{name}" for name in losses.from_hidden.__all__}
+    return ({*losses.__all__} | hidden) - NOT_LOSSES - WRAPPED

@@ -283,3 +283,35 @@ def test_curio_from_hidden_never_holds_the_logits(monkeypatch) -> None:
 def test_refuses(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.cross_entropy,
+        losses.dft,
+        lambda logits, labels: losses.asft(logits, REFERENCE, labels),
+        losses.one_token_rollout,
+        functools.partial(losses.one_token_rollout, key=KEY),
+        lambda logits, labels: losses.curio_sft(logits, REFERENCE, labels),
+        losses.unlikelihood,
+    ],
+)
+def test_label_out_of_range_is_removed_by_a_mask(loss) -> None:
+    """Under jit it gives NaN at its place; masked, neither value nor gradient knows of it."""
+    labels, mask = LABELS.copy(), np.ones(LABELS.shape)
+    labels[1], mask[1] = -100, 0
+
+    @jax.jit
+    def run(logits: jax.Array, labels: jax.Array) -> tuple:
+        def mean(logits: jax.Array) -> tuple:
+            values = loss(logits, labels)
+            return losses.token_mean(values, mask).mean(), values
+
+        return jax.value_and_grad(mean, has_aux=True)(logits)
+
+    (mean, values), gradient = run(LOGITS, labels)
+    np.testing.assert_array_equal(np.isnan(values), mask == 0)
+    assert np.isfinite(mean)
+    assert np.isfinite(gradient).all()
+    assert not np.asarray(gradient)[1].any()

@@ -3,9 +3,20 @@
 Train with these: memory grows with a tile of about 64 MiB, not with [tokens, vocabulary].
 """
 
+from jaxdistill.losses.from_hidden.acceptance import log_acceptance, tvd_plus_plus
 from jaxdistill.losses.from_hidden.cross_entropy import cross_entropy, log_probs
+from jaxdistill.losses.from_hidden.cross_tokenizer import universal_logit
 from jaxdistill.losses.from_hidden.curio import curio_sft
-from jaxdistill.losses.from_hidden.divergence import forward_kl, reverse_kl
+from jaxdistill.losses.from_hidden.divergence import (
+    adaptive_kl,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    symmetric_kl,
+    total_variation,
+)
 from jaxdistill.losses.from_hidden.policy import (
     chord,
     cispo,
@@ -37,8 +48,17 @@ from jaxdistill.losses.from_hidden.preference import (
     simpo,
 )
 from jaxdistill.losses.from_hidden.sft import asft, dft, one_token_rollout, unlikelihood
+from jaxdistill.losses.from_hidden.sparse_divergence import (
+    first,
+    sample_teacher,
+    sampled_forward_kl,
+    top_k_teacher,
+    topk_forward_kl,
+)
+from jaxdistill.losses.from_hidden.taid import taid_target
 
 __all__ = [
+    "adaptive_kl",
     "asft",
     "chord",
     "cispo",
@@ -49,12 +69,15 @@ __all__ = [
     "dft",
     "dpo",
     "dr_grpo",
+    "first",
     "forward_kl",
     "grpo",
     "gspo",
     "hpt",
     "iw_sft",
+    "jensen_shannon",
     "kto",
+    "log_acceptance",
     "log_probs",
     "luffy",
     "on_policy_distillation",
@@ -69,9 +92,20 @@ __all__ = [
     "reverse_kl",
     "rloo",
     "rpo",
+    "sample_teacher",
+    "sampled_forward_kl",
     "sequence_log_prob",
     "simpo",
+    "skew_forward_kl",
+    "skew_reverse_kl",
     "srft",
+    "symmetric_kl",
+    "taid_target",
+    "top_k_teacher",
+    "topk_forward_kl",
+    "total_variation",
+    "tvd_plus_plus",
     "uft",
+    "universal_logit",
     "unlikelihood",
 ]

@@ -1,15 +1,12 @@
 """CurioSFT from hidden states: the student through the head kernel, the teacher tile by tile."""
 
-from collections.abc import Callable
 from typing import Unpack
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from jaxdistill.kernels import arguments, tiles
 from jaxdistill.losses import curio
 from jaxdistill.losses.from_hidden.cross_entropy import log_probs
+from jaxdistill.losses.from_hidden.over_tokens import Model, over_tokens
 from jaxdistill.losses.from_hidden.preference import HeadOptions
 
 
@@ -74,38 +71,14 @@ def curio_sft(
             top_k=top_k,
         )
 
-    of_teacher = _over_tokens(flattened, teacher_hidden, teacher_head, labels, **head_options)
+    teacher = Model(
+        "teacher_",
+        teacher_hidden,
+        teacher_head,
+        head_options.get("vocab_size"),
+        head_options.get("soft_cap"),
+        frozen=True,
+    )
+    layout = head_options.get("head_layout", "vd")
+    of_teacher = over_tokens(flattened, (teacher,), {"labels": labels}, head_layout=layout)
     return curio.near_teacher(log_prob, of_teacher, distillation_weight)
-
-
-def _over_tokens(
-    function: Callable[[jax.Array, jax.Array], jax.Array],
-    hidden: jax.typing.ArrayLike,
-    head: jax.typing.ArrayLike,
-    labels: jax.typing.ArrayLike,
-    *,
-    vocab_size: int | None = None,
-    soft_cap: float | None = None,
-    head_layout: str = "vd",
-    implementation: str = "auto",
-) -> jax.Array:
-    """function(logits `[C, V]`, labels `[C]`) over tiles of tokens, without a gradient."""
-    del implementation  # there is one
-    hidden, head = lax.stop_gradient((jnp.asarray(hidden), jnp.asarray(head)))
-    vocab_size = arguments.check_head("teacher_", hidden, head, head_layout, vocab_size)
-    arguments.check_labels("labels", labels, hidden.shape[:-1], vocab_size)
-    labels = jnp.asarray(labels, jnp.int32)
-    axis = arguments.VOCABULARY_AXIS[head_layout]
-    head = lax.slice_in_dim(head, 0, vocab_size, axis=axis)
-    tokens = min(max(tiles.TILE_BYTES // (4 * vocab_size), 1), max(labels.size, 1))
-    tiling = tiles.plan(labels.size, vocab_size, tokens, vocab_size)
-
-    def take_tile(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
-        states, own = tile
-        raw = tiles.project(tiles.in_product_type(states, head), head, axis)
-        logits, _slope = tiles.scaled(raw, jnp.float32(1.0), soft_cap)
-        return function(logits, own)
-
-    leading = hidden.ndim - 1
-    chunks = tiles.chunk(hidden, leading, tiling), tiles.chunk(labels, leading, tiling)
-    return tiles.unchunk(lax.map(take_tile, chunks), labels.shape)
