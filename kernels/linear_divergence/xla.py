@@ -12,6 +12,7 @@ and the sum of the slopes (see `kinds`): nothing of size [tokens, vocabulary].
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -105,16 +106,16 @@ def _divergence_and_sums(options: _Options, models: _Models) -> tuple[jax.Array,
     if options.kind not in kinds.KL:
         divergence, slopes = _second_sweep(options, models, *log_sum_exps)
         return divergence, _Sums(*log_sum_exps, slopes)
+    divergence = slope = jnp.float32(0.0)
     directions = DIRECTIONS[options.kind]
-    divergences, slopes = [], []
     for forward, difference in zip(directions, running.differences, strict=True):
         p, q = running.teacher, running.student
         if not forward:
             p, q = q, p
-        divergences.append(difference / p.total - jnp.log(p.total) + jnp.log(q.total))
-        slopes.append(-jnp.ones_like(difference) if forward else divergences[-1])
-    mean = 1 / len(directions)
-    return mean * sum(divergences), _Sums(*log_sum_exps, mean * sum(slopes))
+        kl = difference / p.total - jnp.log(p.total) + jnp.log(q.total)
+        divergence += kl / len(directions)
+        slope += (-jnp.ones_like(kl) if forward else kl) / len(directions)
+    return divergence, _Sums(*log_sum_exps, slope)
 
 
 def _in_product_types(models: _Models) -> _Models:
@@ -172,7 +173,7 @@ def _blocks(
 def _tile(
     options: _Options,
     models: _Models,
-    hidden: tuple[jax.Array, jax.Array],
+    hidden: Sequence[jax.Array],
     blocks: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Student's and teacher's logits [C, Vb], and the slope of the student's in its raw ones."""
