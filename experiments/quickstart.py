@@ -134,7 +134,8 @@ def run(config: Config, context: launch.Context) -> dict[str, dict[str, Any]]:
     def measure(name: str, model: Model) -> dict[str, Any]:
         return results.measure(name, lambda: measure_model(model, teacher, tokenizer, text, config))
 
-    say(f"      asked {config.prompt!r}, it answers {measure('teacher', teacher)['sample']!r}")
+    sample = measure("teacher", teacher)["sample"]
+    say(f"      asked {config.prompt!r}, it answers {sample!r}", markup=False)
 
     say(f"[bold]2/5 Prune {config.dropped_layers} of {teacher.config.num_layers} layers[/]")
     start, student = prune(teacher, text.train[: config.calibration_documents], config)
@@ -148,11 +149,14 @@ def run(config: Config, context: launch.Context) -> dict[str, dict[str, Any]]:
 
     say("[bold]4/5 Compare on held-out text[/]")
     say(as_table(results.rows))
+    for name, row in results.rows.items():
+        say(f"      {name} answers {row['sample']!r}", markup=False)
 
     say("[bold]5/5 Export and report[/]")
     huggingface.export(context.workdir.export_directory, healed.config, healed.params, tokenizer)
     write_report(results.rows, start, config, context)
-    say(f"      {context.workdir.export_directory}\n      {context.workdir.report_file}")
+    for written in (context.workdir.export_directory, context.workdir.report_file):
+        say(f"      {written}", markup=False)
     return results.rows
 
 

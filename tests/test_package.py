@@ -1,9 +1,11 @@
 """What holds for the package as a whole: its imports, its size, its wheel."""
 
 import ast
+import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +84,16 @@ def test_kernels_import_jax_alone() -> None:
             assert allowed & parents, f"{path.relative_to(ROOT)} imports {name}"
 
 
+def test_losses_import_arrays_and_kernels_alone() -> None:
+    below = ("jax", "numpy", "jaxdistill.losses", "jaxdistill.kernels")
+    for path in sources("jaxdistill/losses"):
+        for name in imports(path) - {"jaxdistill"}:
+            known = name.split(".")[0] in sys.stdlib_module_names
+            assert known or f"{name}.".startswith(tuple(f"{package}." for package in below)), (
+                f"{path.relative_to(ROOT)} imports {name}"
+            )
+
+
 def test_imports_go_down_only() -> None:
     for package in ("experiments", "tests", "kernels"):
         assert importers(package, "jaxdistill", "kernels") == []
@@ -97,12 +109,16 @@ def test_one_file_each_knows_grain_and_orbax() -> None:
 # ---- What an import does -----------------------------------------------------------------------
 
 
+def all_modules() -> list[str]:
+    return [module_name(path) for path in sources("jaxdistill", "kernels")]
+
+
 def test_import_sets_no_environment_variable(tmp_path: pathlib.Path) -> None:
     code = f"""
-import jax, json, os
+import importlib, jax, json, os
 before = dict(os.environ)
-import jaxdistill
-{NEW_PROCESS_IMPORTS}
+for name in {all_modules()}:
+    importlib.import_module(name)
 print(json.dumps([before, dict(os.environ)]))
 """
     before, after = json.loads(python(code, cwd=tmp_path))
@@ -111,10 +127,9 @@ print(json.dumps([before, dict(os.environ)]))
 
 def test_import_touches_no_device(tmp_path: pathlib.Path) -> None:
     """With a platform that does not exist, the first touch of a device raises."""
-    modules = [module_name(path) for path in sources("jaxdistill", "kernels")]
     code = f"""
 import importlib
-for name in {modules}:
+for name in {all_modules()}:
     importlib.import_module(name)
 import jax
 try:
@@ -135,6 +150,29 @@ import jaxdistill
 print(time.process_time() - start)
 """
     assert float(python(code, cwd=tmp_path)) < 2
+
+
+# ---- The README's commands ---------------------------------------------------------------------
+
+
+def readme_commands() -> list[str]:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```bash\n(.*?)\n```", readme, flags=re.DOTALL)
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    (command,) = (c for c in readme_commands() if c.endswith("-m tests"))
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    plain = script.replace('"', "").replace("--quiet --editable", "-e")
+    lines = plain.replace("$environment", ".venv").splitlines()
+    assert command.split(" && ") == [line for line in lines if re.search(r"venv |/bin/", line)][-3:]
+
+
+def test_extras_that_the_readme_installs_exist() -> None:
+    known = set(importlib.metadata.metadata("jaxdistill").get_all("Provides-Extra") or ())
+    named = re.findall(r"'\.\[(.*?)\]'", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(named) >= 4
+    assert {extra for names in named for extra in names.split(",")} <= known
 
 
 # ---- Size --------------------------------------------------------------------------------------
@@ -194,14 +232,20 @@ def test_installed_wheel_works_from_another_folder(
         str(target),
     ]
     subprocess.run([sys.executable, *install, wheel], check=True)
-    code = (
-        "import sys, jaxdistill.kernels.linear_divergence\n"
-        "print(sys.modules['jaxdistill.kernels.linear_divergence'].__file__)"
-    )
-    found = python(code, cwd=tmp_path, PYTHONPATH=str(target))
-    assert pathlib.Path(found.strip()) == (
-        target / "jaxdistill" / "kernels" / "linear_divergence" / "__init__.py"
-    )
+    code = f"""
+import importlib, sys
+import numpy as np
+for name in {all_modules()}:
+    importlib.import_module(name)
+print(sys.modules["jaxdistill.kernels.linear_divergence"].__file__)
+from jaxdistill.losses import from_hidden
+hidden, head = np.ones((1, 2), np.float32), np.eye(2, dtype=np.float32)
+print(from_hidden.forward_kl(hidden, head, hidden, 2 * head))
+"""
+    file, divergence = python(code, cwd=tmp_path, PYTHONPATH=str(target)).splitlines()
+    expected = target / "jaxdistill" / "kernels" / "linear_divergence" / "__init__.py"
+    assert pathlib.Path(file) == expected
+    assert divergence == "[0.]"  # both uniform
 
 
 def test_kernels_are_found_from_another_folder_in_this_environment(tmp_path: pathlib.Path) -> None:

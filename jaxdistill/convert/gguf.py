@@ -61,7 +61,7 @@ def load(
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Load a GGUF file of the llama architecture (F32, F16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K).
 
-    Tensors are dequantised one at a time, so the host needs the result and about twice the
+    Tensors are dequantised one at a time, so the host needs the result and about three times the
     largest tensor.
 
     Args:

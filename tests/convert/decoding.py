@@ -1,6 +1,7 @@
 """Our decoder on one sequence, compiled once per configuration."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -31,3 +32,18 @@ def random_params(config, seed=0):
 
     leaves = flatten(decoder.abstract_params(config))
     return nest({path: draw(path, leaf.shape).astype(np.float32) for path, leaf in leaves.items()})
+
+
+def traced_peak(function, *arguments):
+    """(what the function returns, the most bytes that Python and numpy held on the way there)."""
+    function(*arguments)  # imports and caches are not what is measured
+    tracemalloc.start()
+    try:
+        return function(*arguments), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def held(params):
+    """Bytes of all parameters."""
+    return sum(leaf.nbytes for leaf in flatten(params).values())

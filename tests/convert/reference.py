@@ -27,6 +27,11 @@ class Sizes:
     biases: bool = False
 
 
+# So many layers that a tensor is nothing beside the model: a loader that holds all of it shows.
+DEEP = Sizes(vocabulary=256, width=256, layers=24, heads=8, head_dim=32, mlp=256, tied=True)
+DEEP_TENSOR_BYTES = 4 * 256 * 256
+
+
 def random_weights(sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
     """Float32 weights by Hugging Face name, in [out, in] layout."""
     generator = np.random.default_rng(seed)

@@ -1,7 +1,6 @@
 """GGUF: every tensor type against dequantisers written from ggml's block layouts."""
 
 import sys
-import tracemalloc
 
 import gguf as gguf_package
 import numpy as np
@@ -9,11 +8,10 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from jaxdistill.convert import gguf, gguf_header
-from jaxdistill.convert.mapping import flatten
 from jaxdistill.models.config import RopeScaling
 from jaxdistill.models.rope import frequencies
 from tests.convert import reference
-from tests.convert.decoding import decoder_logits
+from tests.convert.decoding import decoder_logits, held, traced_peak
 
 # K-quants come in blocks of 256, so every matrix has a multiple of 256 columns.
 SIZES = reference.Sizes(width=256, heads=8, kv_heads=2, head_dim=32, mlp=256, theta=500.0)
@@ -228,19 +226,10 @@ def test_llama3_scaling_is_recognised_in_the_frequencies(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0, Kind.Q4_K], ids=lambda kind: kind.name)
-def test_loading_needs_the_result_and_two_tensors(tmp_path, kind):
-    sizes = reference.Sizes(vocabulary=6000, width=256, heads=8, head_dim=32, mlp=256, tied=True)
-    write(tmp_path / "model.gguf", reference.random_weights(sizes), sizes, kind)
-    gguf.load(tmp_path / "model.gguf")  # imports and caches are not what is measured
-    tracemalloc.start()
-    try:
-        _, params = gguf.load(tmp_path / "model.gguf")
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    result = sum(leaf.nbytes for leaf in flatten(params).values())
-    largest = params["embed"]["embedding"].nbytes
-    assert peak < result + 2 * largest
+def test_loading_holds_few_tensors_beside_the_result(tmp_path, kind):
+    write(tmp_path / "model.gguf", reference.random_weights(reference.DEEP), reference.DEEP, kind)
+    (_, params), peak = traced_peak(gguf.load, tmp_path / "model.gguf")
+    assert peak < held(params) + 5 * reference.DEEP_TENSOR_BYTES
 
 
 def _corrupt_architecture(path, weights):

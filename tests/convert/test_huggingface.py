@@ -14,7 +14,7 @@ from jaxdistill.convert.mapping import flatten
 from jaxdistill.data import tokenizers
 from jaxdistill.models.config import DecoderConfig, RopeScaling
 from tests.convert import reference
-from tests.convert.decoding import decoder_logits, random_params
+from tests.convert.decoding import decoder_logits, held, random_params, traced_peak
 
 SIZES = reference.Sizes()
 TOKENS = np.array([1, 5, 39, 0, 7, 7, 20, 3])
@@ -107,6 +107,14 @@ def test_export_then_load_is_exact(tmp_path, changes):
         table = path in ("embed/embedding", "head/kernel")
         kept = values[: config.vocab_size] if table else values
         np.testing.assert_array_equal(found[path], kept, err_msg=path)
+
+
+def test_loading_and_export_hold_few_tensors_beside_the_parameters(tmp_path):
+    folder = write_folder(tmp_path / "model", reference.DEEP)
+    (config, params), peak = traced_peak(huggingface.load, folder)
+    assert peak < held(params) + 5 * reference.DEEP_TENSOR_BYTES
+    _, peak = traced_peak(huggingface.export, tmp_path / "out", config, params)
+    assert peak < 5 * reference.DEEP_TENSOR_BYTES
 
 
 def test_dtype_of_the_file_and_of_the_parameters(tmp_path):

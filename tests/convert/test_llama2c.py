@@ -10,7 +10,7 @@ import pytest
 
 from jaxdistill.convert import llama2c
 from tests.convert import reference
-from tests.convert.decoding import decoder_logits
+from tests.convert.decoding import decoder_logits, held, traced_peak
 
 SIZES = reference.Sizes(width=24, heads=6, kv_heads=2, head_dim=4, theta=10000.0)
 TOKENS = np.array([1, 5, 39, 0, 7, 7, 20, 3])
@@ -58,6 +58,13 @@ def test_logits_equal_an_interleaved_reference(tmp_path, tied):
     np.testing.assert_allclose(decoder_logits(config, params, TOKENS), expected, atol=2e-5)
     assert config.tie_embeddings == tied
     assert ("head" in params) != tied
+
+
+def test_loading_holds_few_tensors_beside_the_result(tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_bytes(checkpoint_bytes(reference.random_weights(reference.DEEP), reference.DEEP))
+    (_, params), peak = traced_peak(llama2c.load, path)
+    assert peak < held(params) + 5 * reference.DEEP_TENSOR_BYTES
 
 
 def test_dtype_is_that_asked_for(tmp_path):

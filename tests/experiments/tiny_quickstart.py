@@ -31,7 +31,7 @@ CONFIG = quickstart.Config(
     optimizer=OptimizerConfig(learning_rate=3e-3),
     checkpoint_every=2,
     evaluate_every=3,
-    prompt="what is this?",
+    prompt="what is [/this]?",  # what a console must not take for markup
     new_tokens=4,
 )
 
@@ -68,14 +68,18 @@ def write_text(path: pathlib.Path, documents: int, seed: int) -> pathlib.Path:
     return path
 
 
-def run(path: str, texts: pathlib.Path) -> dict:
-    """The quickstart in the workdir `path`, with everything that is fetched put in its place."""
-    files = {
-        CONFIG.text: write_text(texts / "train", 30, seed=0),
-        CONFIG.held_out_text: write_text(texts / "held_out", 8, seed=1),
+def texts(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Both named sources, written into a folder."""
+    return {
+        CONFIG.text: write_text(folder / "train", 30, seed=0),
+        CONFIG.held_out_text: write_text(folder / "held_out", 8, seed=1),
     }
+
+
+def run(path: str, folder: pathlib.Path) -> dict:
+    """The quickstart in the workdir `path`, with everything that is fetched put in its place."""
     quickstart.load_teacher = lambda config: teacher()
-    sources.resolve = files.__getitem__
+    sources.resolve = texts(folder).__getitem__
     with workdir.open(
         path, experiment="tiny_quickstart", preset="tiny", config=configs.to_dict(CONFIG)
     ) as opened:

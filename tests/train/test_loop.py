@@ -1,6 +1,7 @@
 """The loop in one process: signals, refusals, divergence, meshes, and the real pipeline."""
 
 import dataclasses
+import re
 import signal
 import threading
 import time
@@ -74,6 +75,7 @@ def begun(tmp_path_factory):
     [
         ({"batches": CounterBatches(seed=1)}, r"data\.seed: 0 -> 1"),
         ({"batches": CounterBatches(batch_size=8)}, r"data\.batch_size: 4 -> 8"),
+        ({"batches": CounterBatches(source="other")}, r"data\.source: 'counter' -> 'other'"),
         ({"frozen": {"scale": np.float32(0.25)}}, r"frozen\.checksum: '?\w+'? -> '?\w+'?"),
         ({"config": short(4, seed=4)}, r"training\.seed: 3 -> 4"),
         ({"config": short(4, accumulation=1)}, r"training\.accumulation: 2 -> 1"),
@@ -195,6 +197,19 @@ def test_the_wait_for_data_and_the_speed_are_measured(tmp_path):
     assert all(row["input_wait_seconds"] >= 0.05 for row in rows)
     assert all(0 < row["tokens_per_second"] <= 2 / 0.05 for row in rows[:-1])
     assert "tokens_per_second" not in rows[-1]
+
+
+def test_the_bar_tells_steps_loss_speed_and_the_time_left(capsys):
+    batch = {"tokens": np.ones((4, 8), np.int32)}
+
+    class Tokens(CounterBatches):
+        def __next__(self):
+            return super().__next__() | batch
+
+    state = tiny_run.run(None, Tokens(), short(3, evaluate_every=None), show_progress=True)
+    assert int(state.step) == 3
+    told = r"tiny .* 3/3 loss \d+\.\d{4} [\d,]+ tokens/s \d:\d\d:\d\d left \d:\d\d:\d\d"
+    assert re.search(told, capsys.readouterr().out)
 
 
 def test_sharded_parameters_and_batches_train_to_the_same_place(tmp_path):

@@ -53,20 +53,27 @@ def test_a_run_stopped_and_then_killed_inside_a_save_is_the_run_that_was_not(
     assert (tiny_run.hashes(state), history(tmp_path)) == uninterrupted
 
 
+PHASES = ("mkdir@{step}", "mkdir@state", "mkdir@data", "rename@state", "rename@{step}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_killed_at_random_times_is_the_run_that_was_not(tmp_path, uninterrupted, seed):
+def test_a_run_ended_at_random_steps_is_the_run_that_was_not(tmp_path, uninterrupted, seed):
+    """Between any two checkpoints one end at a random step and one inside the save that follows."""
     rng = random.Random(seed)
-    deaths = ["mkdir@state", "mkdir@data", "mkdir@4", "rename@state", "rename@4", "rename@8"]
-    for death in [*rng.sample(deaths, 3), *(f"SIGKILL@{rng.randint(1, 16)}" for _ in range(2))]:
-        start(tmp_path, death).communicate(timeout=300)
-    while True:
+    signals = rng.sample(["SIGTERM", "SIGKILL"] * 2, 4)
+    for before, name in zip(range(0, 16, 4), signals, strict=True):
+        save = rng.choice(PHASES).format(step=before + 4)
+        for death in (f"{name}@{before + rng.randint(1, 3)}", save):
+            process = start(tmp_path, death)
+            _, error = process.communicate(timeout=300)
+            # What did not happen would prove nothing.
+            assert process.returncode == (143 if death.startswith("SIGTERM") else -9), error
+    for _ in range(3):
         process = start(tmp_path)
         time.sleep(rng.uniform(0, 8))
         process.kill()
         process.communicate()
-        if process.returncode == 0 or rng.random() < 0.1:
-            break
     process = start(tmp_path)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error

@@ -30,8 +30,8 @@ FROZEN = {"scale": np.float32(0.5)}
 class CounterBatches:
     """Batch number n is a function of (seed, n) alone; the state is the next n."""
 
-    def __init__(self, seed=0, batch_size=4, on_batch=lambda number: None):
-        self.fingerprint = {"source": "counter", "seed": seed, "batch_size": batch_size}
+    def __init__(self, seed=0, batch_size=4, source="counter", on_batch=lambda number: None):
+        self.fingerprint = {"source": source, "seed": seed, "batch_size": batch_size}
         self.number = 0
         self.on_batch = on_batch
 
