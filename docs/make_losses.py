@@ -291,9 +291,9 @@ def source(function: Callable) -> str:
     """Where it comes from, arXiv numbers linked; those in the formula if there is no section."""
     text = " ".join(section(function, "Source").split()).rstrip(".")
     if not text:
-        numbers = re.findall(r"\b\d{4}\.\d{5}\b", "\n".join(formula(function)))
+        numbers = re.findall(r"\b\d{4}\.\d{4,5}\b", "\n".join(formula(function)))
         text = ", ".join(dict.fromkeys(numbers))
-    return re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", text) or NONE
+    return re.sub(r"\b(\d{4}\.\d{4,5})\b", r"[\1](https://arxiv.org/abs/\1)", text) or NONE
 
 
 def code(text: str) -> str:

@@ -137,7 +137,7 @@ def _parser(experiment: Experiment, options: Sequence[configs.Option]) -> type:
     presets = list(experiment.presets)
     choices = f"Configuration to start from: {', '.join(presets)}."
     workdir = _default_workdir(experiment, "PRESET")
-    place = "Folder of the run, local or gs://; the same folder again resumes the run."
+    place = "Local folder of the run; the same folder again resumes the run."
     repeatable = tyro.conf.UseAppendAction[tuple[str, ...]]
     fields: list[tuple[str, Any, Any]] = [
         ("preset", _argument("preset", "NAME", choices, presets[0]), presets[0]),

@@ -25,7 +25,7 @@ class WorkdirError(ValueError):
 
 
 class Workdir:
-    """The files of a run, local or on `gs://`. A run has one or more arms ("ce", "kd"), by name.
+    """The files of a run. A run has one or more arms ("ce", "kd"), by name.
 
     >>> Workdir("runs/quickstart-cpu").checkpoints("kd").as_posix()
     'runs/quickstart-cpu/checkpoints/kd'
@@ -73,13 +73,18 @@ def open(
     """Begin or resume a run in `path`, and keep other processes out of it until the block ends.
 
     Args:
-        path: a local folder or a `gs://` one (which has no lock: one job at a time is on you).
+        path: a local folder; a bucket must be mounted.
         experiment: the name of the experiment module, as `experiments.quickstart`.
         preset: the preset's name, written down for the reader; it does not decide resuming.
         config: the configuration as nested dictionaries (`config.to_dict`).
-    Raises: WorkdirError if the folder is of another run, of another configuration, not a workdir
-        or in use; PermissionError if it cannot be written. Nothing in it is changed then.
+    Raises: WorkdirError if the folder is not local, of another run or configuration, no workdir or
+        in use; PermissionError if it cannot be written. Nothing in it is changed then.
     """
+    if "://" in os.fspath(path):
+        raise WorkdirError(
+            f"the workdir must be a local folder, but it is {os.fspath(path)}: mount the bucket, "
+            "as gcsfuse does, and give the folder it is mounted at"
+        )
     workdir = Workdir(path)
     started = {"experiment": experiment, "preset": preset, "config": dict(config)}
     _check_same_run(workdir, started)
@@ -165,9 +170,6 @@ def _lock(path: epath.Path) -> Iterator[None]:
     A record lock (`lockf`) and not `flock`: data workers forked from this process must not keep
     the folder locked after it was killed.
     """
-    if "://" in os.fspath(path):
-        yield
-        return
     with builtins.open(path / ".lock", "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -91,7 +91,7 @@ def test_nothing_given_is_the_first_preset() -> None:
 def test_preset_and_workdir() -> None:
     command = launch.parse(toy(), ["--preset", "v5e-64"])
     assert (command.workdir, command.config) == ("runs/rl.toy-v5e-64", PRESETS["v5e-64"])
-    assert launch.parse(toy(), ["--workdir=gs://b/x"]).workdir == "gs://b/x"
+    assert launch.parse(toy(), ["--workdir=/b/x"]).workdir == "/b/x"
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,10 @@ def test_names_of_the_files(tmp_path: pathlib.Path) -> None:
     assert list(tmp_path.iterdir()) == []  # a name makes nothing
 
 
-def test_bucket_paths_stay_bucket_paths() -> None:
-    assert (
-        os.fspath(Workdir("gs://bucket/run").checkpoints("kd")) == "gs://bucket/run/checkpoints/kd"
-    )
+def test_a_bucket_must_be_mounted() -> None:
+    sentence = "the workdir must be a local folder, but it is gs://bucket/run: mount the bucket"
+    with pytest.raises(WorkdirError, match=sentence), open_toy("gs://bucket/run"):
+        pass
 
 
 def test_new_folder_gets_its_config(tmp_path: pathlib.Path) -> None:

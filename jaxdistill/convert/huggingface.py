@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import safetensors
+from flax.traverse_util import flatten_dict
 
 from jaxdistill.convert.huggingface_config import read_config, write_config
 from jaxdistill.convert.mapping import (
     LazyTensor,
     assemble,
     check_params,
-    flatten,
     numpy_dtype,
     placements,
     slots,
@@ -171,7 +171,7 @@ def export(
         the configuration, or the tokenizer is not the model's; nothing is written.
     """
     numpy_dtype(dtype)
-    leaves = flatten(params)
+    leaves = flatten_dict(params, sep="/")
     check_params(config, leaves)
     ids = ("bos", "eos", "pad")
     token_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ids}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from jaxdistill.models.config import DecoderConfig
 
@@ -193,7 +194,7 @@ def assemble(
         if path not in leaves:
             leaves[path] = np.empty((config.num_layers, *slot.shape), numpy_dtype(dtype))
         leaves[path][layer] = values
-    return nest(leaves)
+    return unflatten_dict(leaves, sep="/")
 
 
 def check_tensors(
@@ -232,37 +233,6 @@ def numpy_dtype(name: str) -> np.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
-
-
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn {"a/b": x} into {"a": {"b": x}}.
-
-    >>> nest({"embed/embedding": 1, "final_norm/scale": 2})
-    {'embed': {'embedding': 1}, 'final_norm': {'scale': 2}}
-    """
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn {"a": {"b": x}} into {"a/b": x}; the inverse of `nest`.
-
-    >>> flatten({"embed": {"embedding": 1}})
-    {'embed/embedding': 1}
-    """
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{key}/")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def check_params(config: DecoderConfig, leaves: Mapping[str, Any]) -> None:

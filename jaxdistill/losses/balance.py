@@ -7,7 +7,7 @@ from jax import lax
 
 from jaxdistill.losses import checks
 from jaxdistill.losses.feature_arguments import ArrayLike, as_features, row_mask
-from jaxdistill.losses.reduce import Weighted, _by_sequence
+from jaxdistill.losses.reduce import Weighted, by_sequence
 
 
 def localized_balance(
@@ -112,7 +112,7 @@ def _by_sample(
     if segment_ids is not None:
         ids = checks.as_segments(segment_ids, keep.shape)
         segment_ids = jnp.broadcast_to(ids[:, None], gates.shape)
-    return _by_sequence(gates, jnp.broadcast_to(keep[:, None], gates.shape), segment_ids)
+    return by_sequence(gates, jnp.broadcast_to(keep[:, None], gates.shape), segment_ids)
 
 
 def _dispersion(

@@ -47,7 +47,7 @@ def _kept(values: jax.typing.ArrayLike, mask: jax.typing.ArrayLike) -> tuple[jax
     return jnp.where(mask != 0, values, 0.0), mask
 
 
-def _by_sequence(
+def by_sequence(
     values: jax.typing.ArrayLike,
     mask: jax.typing.ArrayLike,
     segment_ids: jax.typing.ArrayLike | None,
@@ -132,7 +132,7 @@ def sequence_mean(
       >>> print(sequence_mean(values, mask).mean())  # (2 + 5) / 2
       3.5
     """
-    sums, weights = _by_sequence(values, mask, segment_ids)
+    sums, weights = by_sequence(values, mask, segment_ids)
     counted = weights != 0
     means = jnp.where(counted, sums / jnp.where(counted, weights, 1.0), 0.0)
     return Weighted(jnp.sum(means), jnp.sum(counted.astype(jnp.float32)))
@@ -172,7 +172,7 @@ def sequence_sum(
       2.25
     """
     checks.check_positive("divisor", divisor)
-    sums, weights = _by_sequence(values, mask, segment_ids)
+    sums, weights = by_sequence(values, mask, segment_ids)
     total = jnp.sum(sums) / jnp.asarray(divisor, jnp.float32)
     return Weighted(total, jnp.sum((weights != 0).astype(jnp.float32)))
 
@@ -204,7 +204,7 @@ def sequence_log_prob(
       >>> print(sequence_log_prob(log_probs, mask, average=True))
       [-1.5]
     """
-    sums, weights = _by_sequence(log_probs, mask, None)
+    sums, weights = by_sequence(log_probs, mask, None)
     if average:
         sums = sums / jnp.where(weights == 0, 1.0, weights)
     return sums[..., 0]

@@ -5,28 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict, unflatten_dict
+
 Params = Mapping[str, Any]
-
-
-def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} -> {"a/b": x}; anything that is not a mapping is a leaf."""
-    leaves: dict[str, Any] = {}
-    for key, value in params.items():
-        path = prefix + key
-        leaves |= flatten(value, path + "/") if isinstance(value, Mapping) else {path: value}
-    return leaves
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def partition(params: Params, trainable: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,7 +31,7 @@ def partition(params: Params, trainable: Sequence[str]) -> tuple[dict[str, Any],
         raise ValueError(
             f"trainable must be a sequence of patterns, got {trainable!r}; use a tuple"
         )
-    leaves = flatten(params)
+    leaves = flatten_dict(params, sep="/")
     chosen: set[str] = set()
     for pattern in trainable:
         matched = {path for path in leaves if _matches(pattern, path)}
@@ -58,10 +39,9 @@ def partition(params: Params, trainable: Sequence[str]) -> tuple[dict[str, Any],
             nearest = _nearest_path(pattern, list(leaves))
             raise ValueError(f"the pattern {pattern!r} matches no parameter; {nearest}")
         chosen |= matched
-    return (
-        unflatten({path: leaf for path, leaf in leaves.items() if path in chosen}),
-        unflatten({path: leaf for path, leaf in leaves.items() if path not in chosen}),
-    )
+    trained = {path: leaf for path, leaf in leaves.items() if path in chosen}
+    frozen = {path: leaf for path, leaf in leaves.items() if path not in chosen}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 
 
 def merge(trainable: Params, frozen: Params) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import tracemalloc
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxdistill.convert.mapping import flatten, nest
 from jaxdistill.models import decoder
 
 
@@ -30,8 +30,9 @@ def random_params(config, seed=0):
         values = generator.uniform(0.5, 1.5, shape)
         return values if path.endswith("scale") else generator.normal(0, 0.4, shape)
 
-    leaves = flatten(decoder.abstract_params(config))
-    return nest({path: draw(path, leaf.shape).astype(np.float32) for path, leaf in leaves.items()})
+    leaves = flatten_dict(decoder.abstract_params(config), sep="/")
+    arrays = {path: draw(path, leaf.shape).astype(np.float32) for path, leaf in leaves.items()}
+    return unflatten_dict(arrays, sep="/")
 
 
 def traced_peak(function, *arguments):
@@ -46,4 +47,4 @@ def traced_peak(function, *arguments):
 
 def held(params):
     """Bytes of all parameters."""
-    return sum(leaf.nbytes for leaf in flatten(params).values())
+    return sum(leaf.nbytes for leaf in flatten_dict(params, sep="/").values())

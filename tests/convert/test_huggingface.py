@@ -6,11 +6,11 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxdistill.convert import huggingface
-from jaxdistill.convert.mapping import flatten
 from jaxdistill.data import tokenizers
 from jaxdistill.models.config import DecoderConfig, RopeScaling
 from tests.convert import reference
@@ -73,7 +73,9 @@ def test_shards_are_joined(tmp_path):
         save_file({name: weights[name] for name in part}, shards / file)
         weight_map |= dict.fromkeys(part, file)
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    expected, found = (flatten(huggingface.load(folder)[1]) for folder in (whole, shards))
+    expected, found = (
+        flatten_dict(huggingface.load(folder)[1], sep="/") for folder in (whole, shards)
+    )
     assert expected.keys() == found.keys()
     for path, values in expected.items():
         np.testing.assert_array_equal(found[path], values)
@@ -102,8 +104,8 @@ def test_export_then_load_is_exact(tmp_path, changes):
     huggingface.export(tmp_path, config, params)
     loaded_config, loaded = huggingface.load(tmp_path)
     assert loaded_config == dataclasses.replace(config, padded_vocab_size=None)
-    found = flatten(loaded)
-    for path, values in flatten(params).items():
+    found = flatten_dict(loaded, sep="/")
+    for path, values in flatten_dict(params, sep="/").items():
         table = path in ("embed/embedding", "head/kernel")
         kept = values[: config.vocab_size] if table else values
         np.testing.assert_array_equal(found[path], kept, err_msg=path)

@@ -9,10 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 import tokenizers as tokenizers_library
+from flax.traverse_util import flatten_dict
 from tokenizers import Regex, pre_tokenizers
 
 from jaxdistill.convert import gguf, huggingface, llama2c
-from jaxdistill.convert.mapping import flatten
 from jaxdistill.data import chat, sources, tokenizers
 from jaxdistill.models.config import DecoderConfig, RopeScaling
 from tests.convert.decoding import decoder_logits, random_params
@@ -142,8 +142,8 @@ def test_export_to_transformers_and_back(tmp_path, torch, transformers, changes)
     model.save_pretrained(tmp_path / "again")
     again_config, again = huggingface.load(tmp_path / "again")
     np.testing.assert_allclose(decoder_logits(again_config, again, tokens), ours, atol=1e-4)
-    expected = flatten(huggingface.load(tmp_path)[1])
-    for path, values in flatten(again).items():
+    expected = flatten_dict(huggingface.load(tmp_path)[1], sep="/")
+    for path, values in flatten_dict(again, sep="/").items():
         np.testing.assert_array_equal(values, expected[path])
 
 
