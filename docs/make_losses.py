@@ -207,8 +207,7 @@ weighted = losses.token_mean(values, mask * weights).mean()  # divided by the su
   rewards and weights are constants, whatever they were computed from.
 - **Train with `losses.from_hidden`.** Names marked **H** have a form there that takes hidden states
   and a head instead of logits or log-probabilities, and never holds `[batch, length, vocabulary]`.
-  Value and gradient are those of the form below; its docstring says where it does less
-  (`one_token_rollout` is the exact form alone, `unlikelihood` ends at 13.8 nats).
+  Value and gradient are those of the form below.
 - **Bad input raises** before anything is compiled. A label that is out of range can be seen outside
   jit only; inside it gives NaN, which a mask removes.
 

@@ -12,7 +12,7 @@ from jaxdistill.losses import checks
 from jaxdistill.losses.distribution import label_value, log_softmax
 from jaxdistill.losses.divergence import forward_kl
 from jaxdistill.losses.reduce import log_probs
-from jaxdistill.losses.sampling import draw
+from jaxdistill.losses.sampling import draw_at
 
 
 def dft(
@@ -155,15 +155,29 @@ def one_token_rollout(
     checks.check_between("num_samples", num_samples, 1, float("inf"))
     checks.check_between("wrong_reward", wrong_reward, float("-inf"), 1.0)
     log_p = log_softmax("logits", logits, 1.0, vocab_size)
-    explored = lax.stop_gradient(log_softmax("logits", logits, temperature, vocab_size))
+    explored = log_softmax("logits", logits, temperature, vocab_size)
+    uniform = None if key is None else jax.random.uniform(key, (*log_p.shape[:-1], num_samples))
+    return rollout_of(log_p, explored, labels, uniform, wrong_reward)
+
+
+def rollout_of(
+    log_p: jax.Array,
+    explored: jax.Array,
+    labels: jax.typing.ArrayLike,
+    uniform: jax.Array | None,
+    wrong_reward: jax.typing.ArrayLike,
+) -> jax.Array:
+    """`one_token_rollout` from log p and log p', sampled at uniform numbers `[..., K]` if any."""
+    explored = lax.stop_gradient(explored)
     of_label = label_value(log_p, labels)
     labels = jnp.asarray(labels, jnp.int32)[..., None]
-    if key is None:
+    if uniform is None:
         actions = jnp.broadcast_to(jnp.arange(log_p.shape[-1]), log_p.shape)
         scores, weights = log_p, jnp.exp(explored)
     else:
-        actions = draw(key, explored, num_samples)
-        scores, weights = jnp.take_along_axis(log_p, actions, -1), jnp.float32(1 / num_samples)
+        actions = draw_at(uniform, explored)
+        scores = jnp.take_along_axis(log_p, actions, -1)
+        weights = jnp.full(scores.shape, 1 / scores.shape[-1], jnp.float32)
     reward = jnp.where(actions == labels, 1.0, jnp.asarray(wrong_reward, jnp.float32))
     # A token of probability 0 has a score of -inf and is never met: it counts for nothing.
     scores = jnp.where(scores > -jnp.inf, scores, 0.0)

@@ -189,25 +189,47 @@ def test_unlikelihood_holds_where_p_rounds_to_one(gap: float) -> None:
     np.testing.assert_allclose(gradient, [[p, -p]], rtol=1e-6)
 
 
-def test_unlikelihood_from_hidden_ends_where_float32_does() -> None:
-    hidden, head = np.array([[1.0], [30.0]], np.float32), np.array([[1.0], [0.0]], np.float32)
-    labels = np.array([0, 0])
-
-    @functools.partial(jax.grad, has_aux=True)
-    def run(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values = from_hidden.unlikelihood(hidden, head, labels)
-        return values.sum(), values
-
-    gradient, found = jax.jit(run)(hidden)
-    np.testing.assert_allclose(found, [np.log1p(np.e), 6 * np.log(10)], rtol=1e-6)
-    np.testing.assert_allclose(gradient, [[np.e / (1 + np.e)], [0]], rtol=1e-5)
-
-
 def test_rollout_from_hidden_without_reward_of_wrong_tokens_is_dft() -> None:
     head = np.eye(7, dtype=np.float32)
     options = {"temperature": 1.0, "wrong_reward": 0.0}
     found = from_hidden.one_token_rollout(LOGITS, head, LABELS, **options)
     np.testing.assert_allclose(found, losses.dft(LOGITS, LABELS), rtol=1e-5)
+
+
+def test_sampled_rollout_from_hidden_is_that_of_the_logits(monkeypatch) -> None:
+    """The same samples in tiles of four of the six tokens: value and gradient."""
+    monkeypatch.setattr(tiles, "TILE_BYTES", 4 * 7 * 4)
+    hidden, head = RNG.normal(size=(6, 3)).astype(np.float32), RNG.normal(size=(7, 3))
+    head = head.astype(np.float32)
+
+    def run(loss) -> tuple:
+        return jax.value_and_grad(lambda *x: loss(*x).sum(), argnums=(0, 1))(hidden, head)
+
+    tiled = run(lambda *x: from_hidden.one_token_rollout(*x, LABELS, key=KEY, num_samples=8))
+    full = run(lambda h, w: losses.one_token_rollout(h @ w.T, LABELS, key=KEY, num_samples=8))
+    for mine, expected in zip(jax.tree.leaves(tiled), jax.tree.leaves(full), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unlikelihood_from_hidden_of_a_sure_token() -> None:
+    """Where 1 - p is below what log p can tell, as in the logits form: 30 nats, gradient 1."""
+    hidden, head = np.array([[30.0]], np.float32), np.array([[1.0], [0.0]], np.float32)
+    value, gradient = jax.value_and_grad(
+        lambda hidden: from_hidden.unlikelihood(hidden, head, np.array([0])).sum()
+    )(hidden)
+    np.testing.assert_allclose(value, 30, rtol=1e-6)
+    np.testing.assert_allclose(gradient, 1, rtol=1e-6)
+
+
+def test_tiles_have_one_implementation() -> None:
+    head = np.eye(7, dtype=np.float32)
+    for loss in (
+        from_hidden.unlikelihood,
+        functools.partial(from_hidden.cross_entropy, label_smoothing=0.1),
+        functools.partial(from_hidden.one_token_rollout, key=KEY),
+    ):
+        with pytest.raises(ValueError, match="implementation must be 'auto' for a loss over tiles"):
+            loss(LOGITS, head, LABELS, implementation="xla")
 
 
 @pytest.mark.parametrize("layout", ["vd", "dv"])

@@ -4,7 +4,7 @@ Train with these: memory grows with a tile of about 64 MiB, not with [tokens, vo
 """
 
 from jaxdistill.losses.from_hidden.acceptance import log_acceptance, tvd_plus_plus
-from jaxdistill.losses.from_hidden.cross_entropy import cross_entropy, log_probs
+from jaxdistill.losses.from_hidden.cross_entropy import cross_entropy, entropy, log_probs
 from jaxdistill.losses.from_hidden.cross_tokenizer import universal_logit
 from jaxdistill.losses.from_hidden.curio import curio_sft
 from jaxdistill.losses.from_hidden.divergence import (
@@ -69,6 +69,7 @@ __all__ = [
     "dft",
     "dpo",
     "dr_grpo",
+    "entropy",
     "first",
     "forward_kl",
     "grpo",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxdistill.kernels import arguments, tiles
+from jaxdistill.kernels.dispatch import ImplementationError
 
 
 class Model(NamedTuple):
@@ -80,6 +81,28 @@ def over_tokens(
 
     chunks = tuple(tiles.chunk(x, len(shape), tiling) for x in varying[: len(tokenwise)])
     return jax.tree.map(lambda x: tiles.unchunk(x, shape), lax.map(take_tile, chunks))
+
+
+def over_labels(
+    function: Callable[..., jax.Array],
+    hidden: jax.typing.ArrayLike,
+    head: jax.typing.ArrayLike,
+    per_token: Mapping[str, Any],
+    *,
+    vocab_size: int | None = None,
+    soft_cap: float | None = None,
+    head_layout: str = "vd",
+    implementation: str = "auto",
+) -> jax.Array:
+    """`over_tokens` of one model and labels, which are checked here: no tile sees their values."""
+    if implementation != "auto":
+        raise ImplementationError(
+            f"implementation must be 'auto' for a loss over tiles, but it is {implementation!r}"
+        )
+    model = _arrays(Model("", hidden, head, vocab_size, soft_cap))
+    columns = arguments.check_head("", model.hidden, model.head, head_layout, vocab_size)
+    arguments.check_labels("labels", per_token["labels"], model.hidden.shape[:-1], columns)
+    return over_tokens(function, (model,), per_token, head_layout=head_layout)
 
 
 def _arrays(model: Model) -> Model:

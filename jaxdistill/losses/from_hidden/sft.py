@@ -8,12 +8,11 @@ from jax import lax
 
 from jaxdistill.kernels import linear_cross_entropy
 from jaxdistill.losses import checks, sft
+from jaxdistill.losses.distribution import log_softmax
 from jaxdistill.losses.from_hidden.cross_entropy import log_probs
 from jaxdistill.losses.from_hidden.divergence import forward_kl
+from jaxdistill.losses.from_hidden.over_tokens import over_labels
 from jaxdistill.losses.from_hidden.preference import HeadOptions
-
-# Of 1 - p: from log p in float32 no smaller one can be told from 0.
-SMALLEST_REST = 1e-6
 
 
 def dft(
@@ -118,25 +117,29 @@ def one_token_rollout(
     head: jax.typing.ArrayLike,
     labels: jax.typing.ArrayLike,
     *,
+    key: jax.Array | None = None,
+    num_samples: int = 256,
     temperature: jax.typing.ArrayLike = 1.3,
     wrong_reward: jax.typing.ArrayLike = -0.1,
     **head_options: Unpack[HeadOptions],
 ) -> jax.Array:
-    """The exact one-token rollout from hidden states; see `losses.one_token_rollout`.
+    """One-token rollout from hidden states; see `losses.one_token_rollout`.
 
-        -sum_a p'_a R(a) log p_a
+        sampled: -(1/K) sum_j R(a_j) log p_{a_j},  a_1 .. a_K ~ p' independently
+        exact:   -sum_a p'_a R(a) log p_a
         p = softmax(logits), p' = softmax(logits / temperature), R(label) = 1, else wrong_reward
 
-    No gradient flows through p'. The head runs twice, once at each temperature: what is sampled
-    from p' is never needed, because
+    No gradient flows through p'. A key draws the same samples as in the logits form, a tile of
+    tokens at a time. In the exact form the head runs twice, once at each temperature: no p'_a is
+    needed on its own, because
 
         sum_a p'_a log p_a = log p_label - temperature (log p'_label + entropy of p')
 
     Args:
       hidden, head, labels: as for `from_hidden.dft`.
-      temperature: scalar above 0.
-      wrong_reward: scalar below 1.
-      vocab_size, soft_cap, head_layout, implementation: as for `from_hidden.dft`.
+      key, num_samples, temperature, wrong_reward: see `losses.one_token_rollout`.
+      vocab_size, soft_cap, head_layout, implementation: as for `from_hidden.dft`; the sampled form
+        has one implementation, "auto".
 
     Returns:
       `[...]`, float32, nats.
@@ -151,7 +154,17 @@ def one_token_rollout(
       >>> print(from_hidden.one_token_rollout(hidden, head, np.array([2])).round(4))
       [0.2426]
     """
+    checks.check_between("num_samples", num_samples, 1, float("inf"))
     checks.check_between("wrong_reward", wrong_reward, float("-inf"), 1.0)
+    if key is not None:
+        uniform = jax.random.uniform(key, (*jnp.shape(labels), num_samples))
+
+        def sampled(logits: jax.Array, labels: jax.Array, uniform: jax.Array) -> jax.Array:
+            log_p, explored = (log_softmax("logits", logits, t, None) for t in (1.0, temperature))
+            return sft.rollout_of(log_p, explored, labels, uniform, wrong_reward)
+
+        records = {"labels": labels, "uniform": uniform}
+        return over_labels(sampled, hidden, head, records, **head_options)
     log_prob = log_probs(hidden, head, labels, **head_options)
     explored = linear_cross_entropy(
         hidden, head, labels, temperature=temperature, with_entropy=True, **head_options
@@ -174,12 +187,11 @@ def unlikelihood(
 ) -> jax.Array:
     """Unlikelihood of tokens from hidden states; see `losses.unlikelihood`.
 
-        -log(max(1 - p_label, 1e-6))
+        -log(1 - p_label)
 
-    The lean head gives log p alone, and where 1 - p is below 1e-6 float32 cannot tell it from 0:
-    the value ends there at 13.8 nats, and its gradient is 0. The logits form has no such end.
+    A tile of tokens at a time: 1 - p is summed over the other columns, which log p does not hold.
 
-    Arguments, result and errors are those of `from_hidden.dft`.
+    Arguments, result and errors are those of `from_hidden.dft`, with one implementation, "auto".
 
     Example:
       >>> import numpy as np
@@ -188,5 +200,4 @@ def unlikelihood(
       >>> print(from_hidden.unlikelihood(hidden, head, np.array([0, 3])).round(4))  # -log(3/4)
       [0.2877 0.2877]
     """
-    rest = -jnp.expm1(log_probs(hidden, head, labels, **head_options))
-    return -jnp.log(jnp.maximum(rest, SMALLEST_REST))
+    return over_labels(sft.unlikelihood, hidden, head, {"labels": labels}, **head_options)

@@ -21,6 +21,14 @@ def two_models(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, ...]:
     return *student, *teacher
 
 
+def smoothed(hidden: np.ndarray, head: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return cross_entropy.smoothed_with_z_loss(cap(hidden @ head[:5].T, 3.0), labels)
+
+
+def entropy(hidden: np.ndarray, head: np.ndarray) -> np.ndarray:
+    return cross_entropy.entropy(cap(hidden @ head[:5].T, 3.0) / 0.7)
+
+
 def nll_with_z_loss(hidden: np.ndarray, head: np.ndarray, labels: np.ndarray) -> np.ndarray:
     logits = cap(hidden @ head[:5].T, 3.0)
     normalizer = np.log(np.exp(logits).sum(-1))
@@ -43,6 +51,26 @@ CASES = (
         functools.partial(from_hidden.cross_entropy, soft_cap=3.0, z_loss=0.01, vocab_size=5),
         nll_with_z_loss,
         one_model,
+        differentiable=(0, 1),
+        shared=(1,),
+        extreme=(0,),
+    ),
+    Case(
+        "from_hidden.cross_entropy/smoothed,capped,z_loss,padded",
+        functools.partial(
+            from_hidden.cross_entropy, label_smoothing=0.1, z_loss=0.01, soft_cap=3.0, vocab_size=5
+        ),
+        smoothed,
+        one_model,
+        differentiable=(0, 1),
+        shared=(1,),
+        extreme=(0,),
+    ),
+    Case(
+        "from_hidden.entropy/capped,temperature,padded",
+        functools.partial(from_hidden.entropy, soft_cap=3.0, temperature=0.7, vocab_size=5),
+        entropy,
+        lambda rng, rows: one_model(rng, rows)[:2],
         differentiable=(0, 1),
         shared=(1,),
         extreme=(0,),
