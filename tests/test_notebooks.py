@@ -13,7 +13,7 @@ def kinds_of_output(notebook: nbformat.NotebookNode) -> list[list[str]]:
     """What each cell of code printed or drew, without the numbers."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [
-        [kind for output in cell.outputs for kind in sorted(output.get("data", {"text": None}))]
+        sorted({kind for output in cell.outputs for kind in output.get("data", {"text": None})})
         for cell in cells
     ]
 
