@@ -37,7 +37,7 @@ name, arguments = sys.argv[1], json.loads(sys.argv[2])
 topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[3])
 compiled = getattr(module, name)(topology.devices, **arguments).compile()
 memory = compiled.memory_analysis()
-print(json.dumps({{"temporary": memory.temp_size_in_bytes, "text": len(compiled.as_text())}}))
+print(json.dumps({{"temporary": memory.temp_size_in_bytes}}))
 """
 
 
