@@ -1,14 +1,20 @@
 """The linear cross-entropy head: hidden states and a head in, log-probabilities of labels out."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxdistill.kernels import arguments, dispatch
-from jaxdistill.kernels.linear_cross_entropy import reference, xla
+from jaxdistill.kernels import arguments, dispatch, on_tpu
+from jaxdistill.kernels.linear_cross_entropy import pallas_tpu, reference, sharded, xla
 
-IMPLEMENTATIONS = {"xla": xla.linear_cross_entropy, "reference": reference.linear_cross_entropy}
+IMPLEMENTATIONS = {
+    "pallas": pallas_tpu.linear_cross_entropy,
+    "xla": xla.linear_cross_entropy,
+    "reference": reference.linear_cross_entropy,
+}
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -29,6 +35,7 @@ def linear_cross_entropy(
     soft_cap: float | None = None,
     with_entropy: bool = False,
     head_layout: str = "vd",
+    axis_name: str | None = None,
     implementation: str = "auto",
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
@@ -49,17 +56,24 @@ def linear_cross_entropy(
       soft_cap: bounds the raw logits; default no bound.
       with_entropy: whether to return the entropy, which costs one more sum.
       head_layout: which way round the head lies.
-      implementation: "auto", "xla" (lean) or "reference" (full logits). A name that cannot serve
-        raises; "auto" logs what it chose at level INFO, once.
-      chunk_tokens, chunk_vocab: size of the tile of logits that exists at a time ("xla" only);
-        default about 64 MiB in float32.
+      axis_name: inside shard_map, the mesh axis over which the head's vocabulary is split: V is
+        then what one device has, vocab_size and labels count over all of them, and hidden,
+        labels and the returned values are the same on every device of this axis.
+      implementation: "auto", "pallas" (a TPU kernel), "xla" (lean) or "reference" (full logits). A
+        name that cannot serve raises; "auto" logs what it chose at level INFO, once. It takes
+        "pallas" where the default backend is a TPU, in a process of one device or inside
+        shard_map (a jit over several devices cannot split a kernel), and the width fits VMEM.
+      chunk_tokens, chunk_vocab: size of the tile of logits that exists at a time; default about 64
+        MiB in float32 ("xla"), or what fits VMEM ("pallas": multiples of 16 and 128).
 
     Returns:
       LinearCrossEntropy: `[...]` each, float32, nats; entropy is None unless asked for. Sums run
       in float32, gradients come in the types of `hidden` and `head`.
 
     Raises:
-      ValueError: an argument of the wrong shape, type or range, or an unknown implementation.
+      ValueError: an argument of the wrong shape, type or range.
+      ImplementationError: a ValueError too: an unknown implementation, or one that cannot serve:
+        "pallas" in a program lowered for anything but a TPU, or for a width beyond VMEM.
 
     Example:
       >>> import numpy as np
@@ -70,24 +84,73 @@ def linear_cross_entropy(
       [-2.0794 -2.0794 -2.0794]
     """
     hidden, head = jnp.asarray(hidden), jnp.asarray(head)
-    vocab_size = arguments.check_head("", hidden, head, head_layout, vocab_size)
+    columns, vocab_size = _count_columns(hidden, head, head_layout, vocab_size, axis_name)
     arguments.check_labels("labels", labels, hidden.shape[:-1], vocab_size)
     arguments.check_positive("temperature", temperature)
     if soft_cap is not None:
         arguments.check_positive("soft_cap", soft_cap)
     arguments.check_chunk("chunk_tokens", chunk_tokens)
     arguments.check_chunk("chunk_vocab", chunk_vocab)
-    function = dispatch.choose("linear_cross_entropy", implementation, IMPLEMENTATIONS)
-    log_prob, log_sum_exp, entropy = function(
+    labels = jnp.asarray(labels, jnp.int32)
+    available = _available(hidden, head, labels.size, columns, chunk_tokens, chunk_vocab)
+    function = functools.partial(
+        dispatch.choose("linear_cross_entropy", implementation, available),
         hidden,
         head,
-        jnp.asarray(labels, jnp.int32),
-        lax.stop_gradient(jnp.asarray(temperature, jnp.float32)),
-        vocab_size=vocab_size,
+        temperature=lax.stop_gradient(jnp.asarray(temperature, jnp.float32)),
+        vocab_size=columns,
         soft_cap=soft_cap,
         with_entropy=with_entropy,
         vocab_axis=arguments.VOCABULARY_AXIS[head_layout],
         chunk_tokens=chunk_tokens,
         chunk_vocab=chunk_vocab,
     )
-    return LinearCrossEntropy(log_prob, log_sum_exp, entropy)
+    if axis_name is None:
+        return LinearCrossEntropy(*function(labels))
+
+    def local(labels: jax.Array, num_valid: jax.Array | None) -> sharded.Outputs:
+        return function(labels, num_valid=num_valid)
+
+    outputs = sharded.linear_cross_entropy(
+        local, labels, axis_name=axis_name, columns=columns, vocab_size=vocab_size
+    )
+    return LinearCrossEntropy(*outputs)
+
+
+def _count_columns(
+    hidden: jax.Array,
+    head: jax.Array,
+    head_layout: str,
+    vocab_size: int | None,
+    axis_name: str | None,
+) -> tuple[int, int]:
+    """Columns of `head` that may count, and how many count on all devices together."""
+    if axis_name is None:
+        vocab_size = arguments.check_head("", hidden, head, head_layout, vocab_size)
+        return vocab_size, vocab_size
+    columns = arguments.check_head("", hidden, head, head_layout, None)
+    padded = columns * sharded.check_axis(axis_name, head)
+    if vocab_size is not None and not 0 < vocab_size <= padded:
+        raise ValueError(
+            f"vocab_size must lie in [1, {padded}], the columns of head over axis {axis_name!r}, "
+            f"but it is {vocab_size}"
+        )
+    return columns, padded if vocab_size is None else vocab_size
+
+
+def _available(
+    hidden: jax.Array,
+    head: jax.Array,
+    num_tokens: int,
+    columns: int,
+    chunk_tokens: int | None,
+    chunk_vocab: int | None,
+) -> dict[str, Callable]:
+    """All implementations, the one "auto" takes first."""
+    if not on_tpu.is_default():
+        return {name: IMPLEMENTATIONS[name] for name in ("xla", "pallas", "reference")}
+    try:
+        pallas_tpu.choose_blocks(hidden, head, num_tokens, columns, chunk_tokens, chunk_vocab)
+    except dispatch.ImplementationError:
+        return {name: IMPLEMENTATIONS[name] for name in ("xla", "pallas", "reference")}
+    return IMPLEMENTATIONS

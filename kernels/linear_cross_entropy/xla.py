@@ -34,6 +34,7 @@ class _Residuals(NamedTuple):
     head: jax.Array
     labels: jax.Array
     temperature: jax.Array
+    num_valid: jax.Array | None
     log_sum_exp: jax.Array
     entropy: jax.Array
 
@@ -50,18 +51,28 @@ def linear_cross_entropy(
     vocab_axis: int,
     chunk_tokens: int | None,
     chunk_vocab: int | None,
+    num_valid: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Log-prob, log-sum-exp and entropy `[...]`; one tile of logits is in memory."""
+    """Log-prob, log-sum-exp and entropy `[...]`; one tile of logits is in memory.
+
+    Of the `vocab_size` columns those from `num_valid` on do not count either: how many do may
+    differ from device to device. With none the log-sum-exp is -inf and the entropy 0.
+    """
     tiling = tiles.plan(labels.size, vocab_size, chunk_tokens, chunk_vocab)
     options = _Options(vocab_size, soft_cap, with_entropy, vocab_axis, tiling)
     leading = labels.ndim
-    hidden, head, labels, temperature = tiles.vary_alike(hidden, head, labels, temperature)
+    operands = hidden, head, labels, temperature
+    if num_valid is None:
+        hidden, head, labels, temperature = tiles.vary_alike(*operands)
+    else:
+        hidden, head, labels, temperature, num_valid = tiles.vary_alike(*operands, num_valid)
     outputs = _chunked(
         options,
         tiles.chunk(hidden, leading, tiling),
         head,
         tiles.chunk(labels, leading, tiling),
         temperature,
+        num_valid,
     )
     shape = hidden.shape[:-1]
     log_prob, log_sum_exp, entropy = (tiles.unchunk(x, shape) for x in outputs)
@@ -75,12 +86,13 @@ def _chunked(
     head: jax.Array,
     labels: jax.Array,
     temperature: jax.Array,
+    num_valid: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """[num_chunks, C, D] and a head -> log-prob, log-sum-exp, entropy, [num_chunks, C] each."""
     hidden = tiles.in_product_type(hidden, head)
 
     def take_block(running: _Running, index: jax.Array) -> tuple[_Running, None]:
-        block, columns = _block(options, head, index, hidden.dtype)
+        block, columns = _block(options, head, index, hidden.dtype, num_valid)
 
         def take_tile(_: None, chunk: tuple) -> tuple[None, _Running]:
             hidden, labels, running = chunk
@@ -93,17 +105,30 @@ def _chunked(
     start = _Running(tiles.start_softmax(zeros), jnp.full_like(zeros, jnp.nan), zeros)
     running, _ = lax.scan(take_block, start, jnp.arange(options.tiling.num_blocks))
     log_sum_exp = running.softmax.log_sum_exp()
-    entropy = jnp.log(running.softmax.total) - running.moment / running.softmax.total
+    total = running.softmax.total
+    entropy = jnp.where(total != 0, jnp.log(total) - running.moment / total, 0.0)
     return running.label_logit - log_sum_exp, log_sum_exp, entropy
 
 
 def _block(
-    options: _Options, head: jax.Array, index: jax.Array, dtype: jnp.dtype
+    options: _Options,
+    head: jax.Array,
+    index: jax.Array,
+    dtype: jnp.dtype,
+    num_valid: jax.Array | None,
 ) -> tuple[jax.Array, tiles.Block]:
-    """Block `index` of the head in the type the products are taken in, and its columns."""
+    """Block `index` of the head in the type the products are taken in, and its columns.
+
+    Columns from `num_valid` on may hold NaN, which a product with zeros keeps: they become zeros.
+    """
     columns = tiles.block_at(index, options.tiling, options.vocab_size)
-    size = options.tiling.chunk_vocab
-    return tiles.take_block(head, columns.start, size, options.vocab_axis).astype(dtype), columns
+    size, axis = options.tiling.chunk_vocab, options.vocab_axis
+    block = tiles.take_block(head, columns.start, size, axis).astype(dtype)
+    if num_valid is None:
+        return block, columns
+    exist = columns.columns < num_valid
+    block = jnp.where(jnp.expand_dims(exist, 1 - axis), block, jnp.zeros_like(block))
+    return block, columns._replace(valid=columns.valid & exist)
 
 
 def _tile(
@@ -145,25 +170,29 @@ def _forward(
     head: jax.Array,
     labels: jax.Array,
     temperature: jax.Array,
+    num_valid: jax.Array | None,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], _Residuals]:
-    outputs = _chunked(options, hidden, head, labels, temperature)
+    operands = hidden, head, labels, temperature, num_valid
+    outputs = _chunked(options, *operands)
     _, log_sum_exp, entropy = outputs
-    return outputs, _Residuals(hidden, head, labels, temperature, log_sum_exp, entropy)
+    return outputs, _Residuals(*operands, log_sum_exp, entropy)
 
 
 def _backward(
     options: _Options,
     residuals: _Residuals,
     cotangents: tuple[jax.Array, jax.Array, jax.Array],
-) -> tuple[jax.Array, jax.Array, None, None]:
+) -> tuple[jax.Array, jax.Array, None, None, None]:
     """Gradients of hidden and head; the gradient nobody asks for is dead code to the compiler."""
     head, axis = residuals.head, options.vocab_axis
     hidden = tiles.in_product_type(residuals.hidden, head)
-    per_token = (residuals.labels, residuals.log_sum_exp, residuals.entropy, cotangents)
+    some = residuals.log_sum_exp != -jnp.inf  # else -inf - -inf, where no column counts
+    log_sum_exp = jnp.where(some, residuals.log_sum_exp, 0.0)
+    per_token = (residuals.labels, log_sum_exp, residuals.entropy, cotangents)
 
     def take_block(gradients: tuple, index: jax.Array) -> tuple[tuple, None]:
         hidden_total, head_total = gradients
-        block, columns = _block(options, head, index, hidden.dtype)
+        block, columns = _block(options, head, index, hidden.dtype, residuals.num_valid)
 
         def take_tile(block_total: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
             hidden, total, per_token = chunk
@@ -179,7 +208,7 @@ def _backward(
     start = (jnp.zeros_like(hidden, dtype=jnp.float32), jnp.zeros_like(head))
     blocks = jnp.arange(options.tiling.num_blocks)
     (hidden_total, head_total), _ = lax.scan(take_block, start, blocks)
-    return hidden_total.astype(residuals.hidden.dtype), head_total, None, None
+    return hidden_total.astype(residuals.hidden.dtype), head_total, None, None, None
 
 
 def _logits_gradient(

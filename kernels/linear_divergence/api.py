@@ -1,13 +1,23 @@
 """The linear divergence head: two hidden states and two heads in, a divergence per token out."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxdistill.kernels import arguments, dispatch
-from jaxdistill.kernels.linear_divergence import reference, xla
+from jaxdistill.kernels import arguments, dispatch, on_tpu
+from jaxdistill.kernels.linear_cross_entropy.sharded import check_axis
+from jaxdistill.kernels.linear_divergence import kinds, pallas_tpu, reference, xla
 from jaxdistill.kernels.linear_divergence.kinds import KINDS, MIXTURES
+from jaxdistill.kernels.linear_divergence.pallas_tile import check as check_pallas
 
-IMPLEMENTATIONS = {"xla": xla.linear_divergence, "reference": reference.linear_divergence}
+IMPLEMENTATIONS = {
+    "pallas": pallas_tpu.linear_divergence,
+    "xla": xla.linear_divergence,
+    "reference": reference.linear_divergence,
+}
+Model = tuple[jax.Array, jax.Array]  # hidden states and head
 
 
 def linear_divergence(
@@ -23,6 +33,8 @@ def linear_divergence(
     student_soft_cap: float | None = None,
     teacher_soft_cap: float | None = None,
     head_layout: str = "vd",
+    axis_name: str | None = None,
+    teacher_gradient: bool = False,
     implementation: str = "auto",
     chunk_tokens: int | None = None,
     chunk_vocab: int | None = None,
@@ -38,8 +50,9 @@ def linear_divergence(
         skew_reverse_kl   KL(Q || (1 - share) P + share Q)
         total_variation   sum_v |P - Q| / 2
 
-    No gradient flows into the teacher's arguments, the share or the temperature; nor into the
-    mixture of "skew_reverse_kl_fixed_mixture", which else is as without the suffix.
+    No gradient flows into the share or the temperature, nor into the teacher's arguments unless
+    asked for; nor ever into the mixture of "skew_reverse_kl_fixed_mixture", which else is as
+    without the suffix.
 
     Args:
       student_hidden, teacher_hidden: `[..., Ds]` and `[..., Dt]`, floating, same leading shape.
@@ -52,16 +65,26 @@ def linear_divergence(
       vocab_size: columns from here on are padding and do not exist; default all count.
       student_soft_cap, teacher_soft_cap: bounds of the raw logits, `cap * tanh(raw / cap)`.
       head_layout: which way round both heads lie.
-      implementation: "auto", "xla" (lean) or "reference" (full logits). A name that cannot serve
-        raises; "auto" logs what it chose at level INFO, once.
-      chunk_tokens, chunk_vocab: size of the tile of logits that exists at a time ("xla" only);
-        default about 64 MiB in float32.
+      axis_name: inside shard_map, the mesh axis over which both heads' vocabularies are split: V is
+        then what one device has, vocab_size counts over all of them, and hidden states and the
+        returned values are the same on every device of this axis. Not with "pallas".
+      teacher_gradient: whether the teacher is trained too. Costs one more forward sweep (or two):
+        its gradient is the student's of the kind with both models swapped.
+      implementation: "auto", "pallas" (TPU kernels), "xla" (lean) or "reference" (full logits). A
+        name that cannot serve raises; "auto" logs what it chose at level INFO, once. It takes
+        "pallas" where the default backend is a TPU, in a process of one device or inside
+        shard_map (a jit over several devices cannot split a kernel), and the arguments allow it.
+      chunk_tokens, chunk_vocab: size of the tile of logits that exists at a time; default about 64
+        MiB in float32 ("xla"), or what fits VMEM ("pallas": multiples of 16 and 128).
 
     Returns:
-      `[...]`, float32, nats. Sums run in float32, gradients come in the student's types.
+      `[...]`, float32, nats. Sums run in float32, gradients come in the types of the arguments.
 
     Raises:
-      ValueError: an argument of the wrong shape, type or range, or an unknown implementation.
+      ValueError: an argument of the wrong shape, type or range.
+      ImplementationError: a ValueError too: an unknown implementation, or one that cannot serve:
+        "pallas" in a program lowered for anything but a TPU, with axis_name, or for types, chunks
+        or widths it does not take.
 
     Source: arXiv 1503.02531 (forward), 2306.08543 (reverse), 2306.13649 (Jensen-Shannon),
       2402.03898 (skew), 2503.07067 (fixed mixture), 2403.00858 (total variation).
@@ -74,38 +97,96 @@ def linear_divergence(
       >>> print(linear_divergence(hidden, student, hidden, teacher))  # both uniform
       [0.]
     """
-    student_hidden, student_head = jnp.asarray(student_hidden), jnp.asarray(student_head)
-    teacher_hidden = lax.stop_gradient(jnp.asarray(teacher_hidden))
-    teacher_head = lax.stop_gradient(jnp.asarray(teacher_head))
+    student = jnp.asarray(student_hidden), jnp.asarray(student_head)
+    teacher = jnp.asarray(teacher_hidden), jnp.asarray(teacher_head)
     _check_kind(kind, share)
-    columns = arguments.check_two_heads(
-        (student_hidden, student_head), (teacher_hidden, teacher_head), head_layout, vocab_size
-    )
+    columns = _count_columns(student, teacher, head_layout, vocab_size, axis_name)
     arguments.check_positive("temperature", temperature)
-    for name, cap in (
-        ("student_soft_cap", student_soft_cap),
-        ("teacher_soft_cap", teacher_soft_cap),
-    ):
+    soft_caps = student_soft_cap, teacher_soft_cap
+    for name, cap in zip(("student_soft_cap", "teacher_soft_cap"), soft_caps, strict=True):
         if cap is not None:
             arguments.check_positive(name, cap)
-    arguments.check_chunk("chunk_tokens", chunk_tokens)
-    arguments.check_chunk("chunk_vocab", chunk_vocab)
-    function = dispatch.choose("linear_divergence", implementation, IMPLEMENTATIONS)
-    return function(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        lax.stop_gradient(jnp.asarray(temperature, jnp.float32)),
-        lax.stop_gradient(jnp.asarray(0.0 if share is None else share, jnp.float32)),
-        kind=kind,
-        vocab_size=columns,
-        student_soft_cap=student_soft_cap,
-        teacher_soft_cap=teacher_soft_cap,
+    chunks = chunk_tokens, chunk_vocab
+    for name, size in zip(("chunk_tokens", "chunk_vocab"), chunks, strict=True):
+        arguments.check_chunk(name, size)
+    available = _available((*student, *teacher), columns, chunks, axis_name)
+    function = functools.partial(
+        dispatch.choose("linear_divergence", implementation, available),
+        temperature=lax.stop_gradient(jnp.asarray(temperature, jnp.float32)),
         vocab_axis=arguments.VOCABULARY_AXIS[head_layout],
+        vocab_size=columns,
+        axis_name=axis_name,
         chunk_tokens=chunk_tokens,
         chunk_vocab=chunk_vocab,
     )
+    share = lax.stop_gradient(jnp.asarray(0.0 if share is None else share, jnp.float32))
+    values = _towards_student(function, kind, share, student, teacher, soft_caps)
+    if not teacher_gradient or kind not in kinds.SWAPPED:
+        return values
+    other, other_share = kinds.swapped(kind, share)
+    swapped = _towards_student(function, other, other_share, teacher, student, soft_caps[::-1])
+    return values + (swapped - lax.stop_gradient(swapped))  # 0 with the teacher's gradient
+
+
+def _towards_student(
+    function: Callable[..., jax.Array],
+    kind: str,
+    share: jax.Array,
+    student: Model,
+    teacher: Model,
+    soft_caps: tuple[float | None, float | None],
+) -> jax.Array:
+    return function(
+        *student,
+        *lax.stop_gradient(teacher),
+        kind=kind,
+        share=share,
+        student_soft_cap=soft_caps[0],
+        teacher_soft_cap=soft_caps[1],
+    )
+
+
+def _count_columns(
+    student: Model,
+    teacher: Model,
+    head_layout: str,
+    vocab_size: int | None,
+    axis_name: str | None,
+) -> int:
+    """The columns that count, on all devices together; ValueError where the models do not fit."""
+    if axis_name is None:
+        return arguments.check_two_heads(student, teacher, head_layout, vocab_size)
+    own = arguments.check_two_heads(student, teacher, head_layout, None)
+    for name, (hidden, head) in (("student", student), ("teacher", teacher)):
+        padded = own * check_axis(axis_name, head)
+        if axis_name in jax.typeof(hidden).manual_axis_type.varying:
+            raise ValueError(
+                f"{name}_hidden must be the same on every device of axis {axis_name!r}, over which "
+                "the head is split, but it varies over it: gather it first"
+            )
+    if vocab_size is not None and not 0 < vocab_size <= padded:
+        raise ValueError(
+            f"vocab_size must lie in [1, {padded}], the columns of the heads over axis "
+            f"{axis_name!r}, but it is {vocab_size}"
+        )
+    return padded if vocab_size is None else vocab_size
+
+
+def _available(
+    operands: tuple[jax.Array, ...],
+    vocab_size: int,
+    chunks: tuple[int | None, int | None],
+    axis_name: str | None,
+) -> dict[str, Callable[..., jax.Array]]:
+    """All implementations, the one "auto" takes first."""
+    lean_first = {name: IMPLEMENTATIONS[name] for name in ("xla", "pallas", "reference")}
+    if not on_tpu.is_default():
+        return lean_first
+    try:
+        check_pallas(operands, vocab_size, chunks, axis_name)
+    except dispatch.ImplementationError:
+        return lean_first
+    return IMPLEMENTATIONS
 
 
 def _check_kind(kind: str, share: jax.typing.ArrayLike | None) -> None:

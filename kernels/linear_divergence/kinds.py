@@ -21,6 +21,17 @@ MIXTURES = (
     "skew_reverse_kl_fixed_mixture",
 )
 KINDS = (*KL, *MIXTURES, "total_variation")
+# The kind that is the same number when student and teacher change places. A fixed mixture has no
+# gradient in the teacher, so it has none.
+SWAPPED = {
+    "forward_kl": "reverse_kl",
+    "reverse_kl": "forward_kl",
+    "symmetric_kl": "symmetric_kl",
+    "jensen_shannon": "jensen_shannon",
+    "skew_forward_kl": "skew_reverse_kl",
+    "skew_reverse_kl": "skew_forward_kl",
+    "total_variation": "total_variation",
+}
 
 
 def terms(kind: str, log_q: jax.Array, log_p: jax.Array, share: jax.Array) -> jax.Array:
@@ -48,7 +59,8 @@ def slopes(kind: str, log_q: jax.Array, log_p: jax.Array, share: jax.Array) -> j
     """slope_v of any divergence."""
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     if kind == "total_variation":
-        return 0.5 * q * jnp.sign(q - p)
+        # Not jnp.sign: lowered for a TPU, it asks the local device which one it is.
+        return jnp.where(q > p, 0.5 * q, jnp.where(q < p, -0.5 * q, 0.0))
     if kind in KL:
         forward, reverse = -p, q * (log_q - log_p)
         return {
@@ -67,6 +79,11 @@ def slopes(kind: str, log_q: jax.Array, log_p: jax.Array, share: jax.Array) -> j
 def teacher_share(kind: str, share: jax.Array) -> jax.Array:
     """The weight of P in the mixture M."""
     return 1 - share if kind.startswith("skew_reverse_kl") else share
+
+
+def swapped(kind: str, share: jax.Array) -> tuple[str, jax.Array]:
+    """The kind and share that give the same number when student and teacher change places."""
+    return SWAPPED[kind], 1 - share if kind == "jensen_shannon" else share
 
 
 def above_mixture(difference: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """The oracle: full float32 logits of both models, differentiated by jax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,9 +22,16 @@ def linear_divergence(
     student_soft_cap: float | None,
     teacher_soft_cap: float | None,
     vocab_axis: int,
-    **_tiling: int | None,
+    axis_name: str | None = None,
+    **_options: jax.Array | int | None,
 ) -> jax.Array:
-    """Divergence `[...]`; two arrays of logits `[..., vocab_size]` are in memory."""
+    """Divergence `[...]`; two arrays of logits `[..., vocab_size]` are in memory.
+
+    With an axis name the heads are one device's part of a vocabulary of `vocab_size` columns.
+    """
+    if axis_name is not None:
+        whole = functools.partial(lax.all_gather, axis_name=axis_name, axis=vocab_axis, tiled=True)
+        student_head, teacher_head = whole(student_head), whole(teacher_head)
     log_q = jax.nn.log_softmax(
         full_logits(
             student_hidden, student_head, temperature, vocab_size, student_soft_cap, vocab_axis
@@ -33,6 +42,12 @@ def linear_divergence(
             teacher_hidden, teacher_head, temperature, vocab_size, teacher_soft_cap, vocab_axis
         )
     )
+    values = _of_logs(kind, log_q, log_p, share)
+    # Every device has them, the whole of each: the mean tells their gradients apart from a sum.
+    return values if axis_name is None else lax.pmean(values, axis_name)
+
+
+def _of_logs(kind: str, log_q: jax.Array, log_p: jax.Array, share: jax.Array) -> jax.Array:
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     if kind == "total_variation":
         return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)

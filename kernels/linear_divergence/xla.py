@@ -30,11 +30,12 @@ class _Options(NamedTuple):
     vocab_size: int
     soft_caps: tuple[float | None, float | None]  # student, teacher
     vocab_axis: int
+    axis_name: str | None
     tiling: tiles.Tiling
 
 
 class _Models(NamedTuple):
-    """The operands: hidden states [num_chunks, C, D] and heads, and two scalars."""
+    """The operands: hidden states [num_chunks, C, D] and heads, and scalars."""
 
     student_hidden: jax.Array
     student_head: jax.Array
@@ -42,6 +43,7 @@ class _Models(NamedTuple):
     teacher_head: jax.Array
     temperature: jax.Array
     share: jax.Array
+    num_valid: jax.Array | None  # this device's columns that count, of a split head
 
 
 class _Running(NamedTuple):
@@ -75,22 +77,32 @@ def linear_divergence(
     vocab_axis: int,
     chunk_tokens: int | None,
     chunk_vocab: int | None,
+    axis_name: str | None = None,
 ) -> jax.Array:
-    """Divergence `[...]`; one tile of logits of each model is in memory."""
+    """Divergence `[...]`; one tile of logits of each model is in memory.
+
+    With an axis name the heads are one device's part of a vocabulary of `vocab_size` columns.
+    """
+    num_valid = None
+    if axis_name is not None:
+        own = student_head.shape[vocab_axis]
+        num_valid = jnp.clip(vocab_size - lax.axis_index(axis_name) * own, 0, own)
+        vocab_size = own
     shape = student_hidden.shape[:-1]
     tiling = tiles.plan(math.prod(shape), vocab_size, chunk_tokens, chunk_vocab)
     soft_caps = (student_soft_cap, teacher_soft_cap)
-    options = _Options(kind, vocab_size, soft_caps, vocab_axis, tiling)
+    options = _Options(kind, vocab_size, soft_caps, vocab_axis, axis_name, tiling)
     models = _Models(
-        *tiles.vary_alike(
-            tiles.chunk(student_hidden, len(shape), tiling),
-            student_head,
-            tiles.chunk(teacher_hidden, len(shape), tiling),
-            teacher_head,
-            temperature,
-            share,
-        )
+        tiles.chunk(student_hidden, len(shape), tiling),
+        student_head,
+        tiles.chunk(teacher_hidden, len(shape), tiling),
+        teacher_head,
+        temperature,
+        share,
+        num_valid,
     )
+    leaves, structure = jax.tree.flatten(models)
+    models = jax.tree.unflatten(structure, tiles.vary_alike(*leaves))
     return tiles.unchunk(_chunked(options, models), shape)
 
 
@@ -133,7 +145,7 @@ def _statistics(options: _Options, models: _Models) -> _Running:
     models = _in_product_types(models)
 
     def take_block(running: _Running, index: jax.Array) -> tuple[_Running, None]:
-        columns = tiles.block_at(index, options.tiling, options.vocab_size)
+        columns = _columns(options, models, index)
         blocks = _blocks(options, models, columns)
 
         def take_tile(_: None, chunk: tuple) -> tuple[None, _Running]:
@@ -147,7 +159,35 @@ def _statistics(options: _Options, models: _Models) -> _Running:
     softmax, directions = tiles.start_softmax(zeros), DIRECTIONS.get(options.kind, ())
     start = _Running(softmax, softmax, (zeros,) * len(directions))
     running, _ = lax.scan(take_block, start, jnp.arange(options.tiling.num_blocks))
-    return running
+    return running if options.axis_name is None else _over_devices(options, running)
+
+
+def _over_devices(options: _Options, running: _Running) -> _Running:
+    """Statistics of the columns of all devices. One without any has a total of 0."""
+
+    def together(softmax: tiles.OnlineSoftmax) -> tuple[tiles.OnlineSoftmax, jax.Array]:
+        maximum = lax.pmax(softmax.maximum, options.axis_name)
+        shift = softmax.maximum - maximum
+        total = lax.psum(softmax.total * jnp.exp(shift), options.axis_name)
+        return tiles.OnlineSoftmax(maximum, total), shift
+
+    student, student_shift = together(running.student)
+    teacher, teacher_shift = together(running.teacher)
+    differences = []
+    for forward, own in zip(DIRECTIONS.get(options.kind, ()), running.differences, strict=True):
+        p_total, p_shift, q_shift = running.teacher.total, teacher_shift, student_shift
+        if not forward:
+            p_total, p_shift, q_shift = running.student.total, q_shift, p_shift
+        moved = jnp.exp(p_shift) * (own + p_total * (p_shift - q_shift))
+        differences.append(lax.psum(moved, options.axis_name))
+    return _Running(student, teacher, tuple(differences))
+
+
+def _columns(options: _Options, models: _Models, index: jax.Array) -> tiles.Block:
+    columns = tiles.block_at(index, options.tiling, options.vocab_size)
+    if models.num_valid is None:
+        return columns
+    return columns._replace(valid=columns.valid & (columns.columns < models.num_valid))
 
 
 def _hidden(models: _Models) -> tuple[jax.Array, jax.Array]:
@@ -162,6 +202,9 @@ def _blocks(
     def taken(head: jax.Array, hidden: jax.Array) -> jax.Array:
         size = options.tiling.chunk_vocab
         block = tiles.take_block(head, columns.start, size, options.vocab_axis)
+        if models.num_valid is not None:  # padding may hold NaN, which a product with 0 keeps
+            exist = jnp.expand_dims(columns.columns < models.num_valid, 1 - options.vocab_axis)
+            block = jnp.where(exist, block, jnp.zeros_like(block))
         return block.astype(hidden.dtype)
 
     return (
@@ -219,7 +262,7 @@ def _second_sweep(
     models = _in_product_types(models)
 
     def take_block(totals: tuple, index: jax.Array) -> tuple[tuple, None]:
-        columns = tiles.block_at(index, options.tiling, options.vocab_size)
+        columns = _columns(options, models, index)
         blocks = _blocks(options, models, columns)
 
         def take_tile(_: None, chunk: tuple) -> tuple[None, tuple]:
@@ -239,7 +282,7 @@ def _second_sweep(
 
     zeros = _zeros(models)
     totals, _ = lax.scan(take_block, (zeros, zeros), jnp.arange(options.tiling.num_blocks))
-    return totals
+    return totals if options.axis_name is None else lax.psum(totals, options.axis_name)
 
 
 def _forward(options: _Options, models: _Models) -> tuple[jax.Array, tuple[_Models, _Sums]]:
@@ -257,7 +300,7 @@ def _backward(
 
     def take_block(gradients: tuple, index: jax.Array) -> tuple[tuple, None]:
         hidden_total, head_total = gradients
-        columns = tiles.block_at(index, options.tiling, options.vocab_size)
+        columns = _columns(options, models, index)
         blocks = _blocks(options, models, columns)
 
         def take_tile(block_total: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:

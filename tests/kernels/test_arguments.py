@@ -76,10 +76,11 @@ def test_divergence_says_what_is_wrong(change: dict, message: str) -> None:
 def test_a_named_implementation_serves_or_raises() -> None:
     with pytest.raises(
         ImplementationError,
-        match="linear_cross_entropy has no implementation 'pallas': choose one of 'auto', 'xla', "
-        "'reference'",
+        match="softmax has no implementation 'pallas': choose one of 'auto', 'xla', 'reference'",
     ):
-        linear_cross_entropy(HIDDEN, HEAD, LABELS, implementation="pallas")
+        dispatch.choose("softmax", "pallas", {"xla": min, "reference": max})
+    with pytest.raises(ImplementationError, match="'auto', 'xla', 'pallas', 'reference'"):
+        linear_cross_entropy(HIDDEN, HEAD, LABELS, implementation="cuda")
     with pytest.raises(ImplementationError, match="knows no implementation 'triton'"):
         linear_divergence(HIDDEN, HEAD, HIDDEN, HEAD, implementation="triton")
 

@@ -138,6 +138,44 @@ def test_same_model_gives_zero(kind: str) -> None:
     np.testing.assert_allclose(values, 0, atol=2e-7)
 
 
+def finite_difference(kind: str, at: int, direction: np.ndarray) -> float:
+    """Central difference in float64 of the cotangent's product with the values."""
+
+    def total(step: float) -> float:
+        arrays = [x.astype(np.float64) for x in (*STUDENT, *TEACHER)]
+        arrays[at] = arrays[at] + step * direction
+        models = [
+            (hidden.reshape(-1, hidden.shape[-1]), head[:61])
+            for hidden, head in (arrays[:2], arrays[2:])
+        ]
+        cotangent = COTANGENT.reshape(-1).astype(np.float64)
+        values, *_ = oracle.divergence(kind, *models, cotangent, 1.3, (5.0, 4.0), KINDS[kind])
+        return float(values @ cotangent)
+
+    return (total(1e-5) - total(-1e-5)) / 2e-5
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@each_kind
+def test_both_models_trained(kind: str, implementation: str) -> None:
+    """All four gradients against finite differences; a fixed mixture gives the teacher none."""
+    chunks = {"chunk_tokens": 5, "chunk_vocab": 16} if implementation == "xla" else {}
+    run = compiled(kind, teacher_gradient=True, implementation=implementation, **chunks)
+    values, gradients = run(*STUDENT, *TEACHER)
+    nothing = np.zeros((67, 8)), np.zeros((64, 6))
+    student_alone = gradients[0], gradients[1], *nothing
+    assert_equals_oracle(kind, values, student_alone)
+    fixed = kind.endswith("fixed_mixture")
+    for at, gradient in enumerate(gradients):
+        direction = np.random.default_rng(at).normal(size=gradient.shape)
+        found = float(np.sum(np.asarray(gradient, np.float64) * direction))
+        if fixed and at >= 2:
+            np.testing.assert_array_equal(gradient, 0)
+        elif not fixed:
+            assert found == pytest.approx(finite_difference(kind, at, direction), abs=3e-5)
+            assert abs(found) > 1e-3
+
+
 def test_no_gradient_into_temperature_or_share() -> None:
     def total(temperature: jax.Array, share: jax.Array) -> jax.Array:
         options = {"kind": "skew_reverse_kl", "temperature": temperature, "share": share}

@@ -1,0 +1,1 @@
+"""Queries, keys and values -> their attention; the scores never leave the chip."""

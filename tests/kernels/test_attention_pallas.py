@@ -1,0 +1,125 @@
+"""The TPU kernels of attention, interpreted on a CPU; `test_attention_tpu` compiles them."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jaxdistill.kernels import ImplementationError, attention, dispatch, on_tpu
+
+from tests.kernels import attention_cases as cases
+
+BLOCKS = {"block_query": 128, "block_key": 128, "implementation": "pallas"}
+
+each_case = pytest.mark.parametrize("case", cases.NAMES)
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels run on the CPU; by default in the interpreter that knows nothing of memory."""
+    token = on_tpu.INTERPRET.set(getattr(request, "param", True))
+    yield
+    on_tpu.INTERPRET.reset(token)
+
+
+@each_case
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)],
+    ids=["float32", "bfloat16"],
+)
+@pytest.mark.usefixtures("interpreted")
+def test_against_float64(dtype: jnp.dtype, case: str) -> None:
+    cases.check(case, dtype, size="large", **BLOCKS)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_bfloat16_by_default_blocks() -> None:
+    cases.check("everything", jnp.bfloat16, size="large", implementation="pallas")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(name, marks=() if name == "everything" else pytest.mark.slow)
+        for name in cases.NAMES
+    ],
+)
+@pytest.mark.parametrize(
+    "interpreted",
+    [pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)],
+    indirect=True,
+    ids=["nan_and_races"],
+)
+@pytest.mark.usefixtures("interpreted")
+def test_memory_full_of_nan_and_races(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the simulation of a TPU's memories, where nothing is zero before it is written."""
+    cases.check(case, jnp.float32, size="large", **BLOCKS)
+    assert "RACE" not in capfd.readouterr().out.upper()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_rows_on_four_devices() -> None:
+    cases.check("everything", jnp.float32, "shard_map", size="large", **BLOCKS)
+
+
+@pytest.mark.parametrize("std", [0.01, 30.0])
+@pytest.mark.usefixtures("interpreted")
+def test_small_and_large_scores(std: float) -> None:
+    cases.check("window", jnp.float32, std=std, size="large", **BLOCKS)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_extreme_scores_pick_one_key() -> None:
+    keys = np.zeros((1, 200, 1, 8), np.float32)
+    keys[0, 130], keys[0, 190] = 1e4 / 8, -1e4 / 8
+    values = np.random.default_rng(0).normal(size=keys.shape).astype(np.float32)
+    options: dict[str, Any] = {"causal": False, "with_log_sum_exp": True, "scale": 1.0}
+    output, sums = attention(np.ones_like(keys), keys, values, **options, **BLOCKS)
+    np.testing.assert_array_equal(output[0, :, 0], np.broadcast_to(values[0, 130], (200, 8)))
+    np.testing.assert_array_equal(sums, np.full((1, 200, 1), 1e4, np.float32))
+
+
+def test_on_a_cpu_it_refuses_when_lowered() -> None:
+    query = np.zeros((1, 4, 1, 8), np.float32)
+    with pytest.raises(ImplementationError, match="lowered for a TPU, but this program is lowered"):
+        attention(query, query, query, implementation="pallas")
+    with pytest.raises(ImplementationError, match="choose 'xla' or 'auto'"):
+        jax.jit(lambda x: attention(x, x, x, implementation="pallas")).lower(query)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": np.float16}, "query must be float32 or bfloat16 for implementation 'pallas' of"),
+        ({"block_query": 64}, "block_query must be a multiple of 128 for implementation 'pallas'"),
+        ({"block_key": 100}, "block_key must be a multiple of 128 for implementation 'pallas' of"),
+    ],
+)
+def test_what_it_cannot_serve_names_what_can(change: dict[str, Any], message: str) -> None:
+    query = np.zeros((1, 4, 1, 8), change.pop("dtype", np.float32))
+    with pytest.raises(ImplementationError, match=f"{message}.*: choose 'xla' or 'reference'"):
+        attention(query, query, query, implementation="pallas", **change)
+
+
+def test_more_heads_to_a_key_head_than_vmem_holds_are_refused() -> None:
+    query, key = np.zeros((1, 4, 71, 64), np.float32), np.zeros((1, 4, 1, 64), np.float32)
+    with pytest.raises(ImplementationError, match="71 heads of width 64 to a key head do not:"):
+        attention(query, key, key, implementation="pallas")
+
+
+@pytest.mark.parametrize(("heads", "chosen"), [(4, "pallas"), (71, "xla")])
+def test_auto_on_a_tpu_takes_the_kernel_where_it_serves(
+    heads: int, chosen: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(on_tpu, "is_default", lambda: True)
+    dispatch._say_once.cache_clear()
+    query, key = (jax.ShapeDtypeStruct((1, 4, x, 64), jnp.float32) for x in (heads, 1))
+    with caplog.at_level(logging.INFO, logger="jaxdistill.kernels"):
+        program = jax.make_jaxpr(attention)(query, key, key)
+    assert f"attention: implementation='auto' chose '{chosen}'" in caplog.text
+    assert ("pallas_call" in str(program)) == (chosen == "pallas")

@@ -1,0 +1,223 @@
+"""The TPU kernels of the linear cross-entropy head, interpreted; compiled in `.._compiled.py`."""
+
+import functools
+import logging
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jaxdistill.kernels import ImplementationError, dispatch, linear_cross_entropy, on_tpu
+
+from tests.kernels import matrix, oracle
+
+CHUNKS = {"chunk_tokens": 16, "chunk_vocab": 128, "implementation": "pallas"}
+# Aligned, V + 1, prime: in blocks of 128 the last one is full, has 1 column, has 7.
+VOCABULARIES = (256, 257, 263)
+MEMORY = {"uninitialized_memory": "nan", "out_of_bounds_reads": "uninitialized"}
+
+
+@pytest.fixture(autouse=True)
+def _not_interpreted_by_others() -> Iterator[None]:
+    token = on_tpu.INTERPRET.set(False)
+    yield
+    on_tpu.INTERPRET.reset(token)
+
+
+def values_of(*arrays: jax.Array) -> jax.Array:
+    hidden, head, _, _, labels = arrays
+    options = CHUNKS | {"temperature": matrix.TEMPERATURE}
+    return -linear_cross_entropy(hidden, head, labels, **options).log_prob
+
+
+def expected(arrays: tuple[np.ndarray, ...], weights: np.ndarray) -> tuple:
+    student, _ = matrix.flat_models(arrays)
+    cotangents = -weights, np.zeros_like(weights), np.zeros_like(weights)
+    labels = arrays[4].reshape(-1)
+    (log_prob, _, _), gradients = oracle.cross_entropy(
+        *student, labels, cotangents, matrix.TEMPERATURE
+    )
+    return -log_prob, gradients, gradients
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "place"),
+    [(vocab_size, "jit") for vocab_size in VOCABULARIES]
+    + [pytest.param(x, "shard_map", marks=pytest.mark.slow) for x in VOCABULARIES],
+)
+@matrix.each_dtype
+def test_matrix(dtype: jnp.dtype, vocab_size: int, place: str) -> None:
+    """The plain interpreter does not run inside shard_map; that of a TPU does, slowly."""
+    on_tpu.INTERPRET.set(True if place == "jit" else pltpu.InterpretParams(**MEMORY))
+    matrix.assert_against_float64(values_of, expected, vocab_size, dtype, place)
+
+
+@pytest.mark.parametrize("layout", ["vd", "dv"])
+def test_no_memory_is_read_unwritten_and_no_race(layout: str, capfd: pytest.CaptureFixture) -> None:
+    """On a TPU of two cores that take parallel blocks in any order: 3 of tokens, 3 of columns."""
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(39, 8)), rng.normal(size=(261, 8))
+    labels, cotangents = rng.integers(0, 261, 39), rng.normal(size=(3, 39))
+    arrays = hidden.astype(np.float32), head.astype(np.float32)
+
+    def function(hidden: jax.Array, head: jax.Array) -> tuple:
+        head = head if layout == "vd" else head.T
+        options = CHUNKS | {"head_layout": layout, "with_entropy": True}
+        return tuple(linear_cross_entropy(hidden, head, labels, **options))
+
+    @jax.jit
+    def run(*arrays: jax.Array) -> tuple:
+        outputs, pull = jax.vjp(function, *arrays)
+        return *outputs, *pull(tuple(jnp.asarray(cotangents, jnp.float32)))
+
+    on_tpu.INTERPRET.set(
+        pltpu.InterpretParams(**MEMORY, detect_races=True, num_cores_or_threads=2, random_seed=0)
+    )
+    found = jax.block_until_ready(run(*arrays))
+    true_outputs, true_gradients = oracle.cross_entropy(hidden, head, labels, tuple(cotangents))
+    for actual, true in zip(found, (*true_outputs, *true_gradients), strict=True):
+        np.testing.assert_allclose(actual, true, atol=3e-5)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_every_product_accumulates_in_float32() -> None:
+    """A CPU may keep digits that bfloat16 drops, so the program says it, not the numbers."""
+    on_tpu.INTERPRET.set(True)
+    arrays = *matrix.make(3.0, 257, jnp.bfloat16), matrix.masks()["none"]
+    function = functools.partial(matrix.run, values_of, None)
+    types = re.findall(r":(\w+)\[[^\]]*\] = dot_general", str(jax.make_jaxpr(function)(*arrays)))
+    assert len(types) >= 5  # logits three times, both gradients
+    assert set(types) == {"f32"}
+
+
+def test_wide_states_are_summed_in_parts() -> None:
+    """Width 1100: parts of 512, 512 and 76."""
+    on_tpu.INTERPRET.set(True)
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(20, 1100)).astype(np.float32) / 30
+    head, labels = rng.normal(size=(200, 1100)).astype(np.float32), rng.integers(0, 200, 20)
+    for layout in ("vd", "dv"):
+
+        def total(hidden: jax.Array, head: jax.Array, layout: str = layout) -> jax.Array:
+            head = head if layout == "vd" else head.T
+            return linear_cross_entropy(
+                hidden, head, labels, head_layout=layout, implementation="pallas"
+            ).log_prob.sum()
+
+        gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(hidden, head)
+        cotangents = np.ones(20), np.zeros(20), np.zeros(20)
+        wide = hidden.astype(np.float64), head.astype(np.float64)
+        _, true_gradients = oracle.cross_entropy(*wide, labels, cotangents)
+        for gradient, true in zip(gradients, true_gradients, strict=True):
+            np.testing.assert_allclose(gradient, true, atol=2e-5)
+
+
+@pytest.mark.parametrize(("vocabulary", "width"), [(384, 8), (20, 128)])
+@pytest.mark.parametrize("layout", ["vd", "dv"])
+def test_a_head_may_be_read_transposed(layout: str, vocabulary: int, width: int) -> None:
+    """Where one side fills registers and the other does not; what comes back lies as the head."""
+    on_tpu.INTERPRET.set(True)
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(20, width)).astype(np.float32)
+    head = rng.normal(size=(vocabulary, width)).astype(np.float32)
+    labels = rng.integers(0, 20, 20)
+
+    def total(hidden: jax.Array, head: jax.Array, implementation: str) -> jax.Array:
+        options = {"head_layout": layout, "implementation": implementation}
+        return linear_cross_entropy(hidden, head, labels, **options).log_prob.sum()
+
+    arrays = hidden, head if layout == "vd" else head.T
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(total, implementation=x), argnums=(0, 1)))(
+            *arrays
+        )
+        for x in ("pallas", "reference")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), found, expected
+    )
+
+
+# ---- Which calls it serves ---------------------------------------------------------------------
+
+HIDDEN, HEAD, LABELS = np.ones((4, 8), np.float32), np.ones((130, 8), np.float32), np.zeros(4, int)
+
+
+def test_a_program_for_a_cpu_is_refused() -> None:
+    def log_prob(hidden: np.ndarray) -> jax.Array:
+        return linear_cross_entropy(hidden, HEAD, LABELS, implementation="pallas").log_prob
+
+    for function in (log_prob, jax.jit(log_prob), jax.grad(lambda x: log_prob(x).sum())):
+        with pytest.raises(
+            ImplementationError, match="this program is lowered for cpu: choose 'xla"
+        ):
+            function(HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk_tokens": 20}, "chunk_tokens must be a multiple of 16 for implementation 'pallas'"),
+        ({"chunk_vocab": 64}, "chunk_vocab must be a multiple of 128 for implementation 'pallas',"),
+    ],
+)
+def test_sizes_it_cannot_hold_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ImplementationError, match=message):
+        linear_cross_entropy(HIDDEN, HEAD, LABELS, implementation="pallas", **change)
+
+
+def test_a_width_beyond_vmem_is_refused() -> None:
+    hidden, head = np.ones((1, 20000), np.float32), np.ones((2, 20000), np.float32)
+    with pytest.raises(
+        ImplementationError, match="cannot serve width 20000 in float32: blocks must"
+    ):
+        linear_cross_entropy(hidden, head, np.zeros(1, int), implementation="pallas")
+
+
+@pytest.mark.parametrize(
+    ("devices", "inside", "width", "chosen"),
+    [
+        (1, False, 8, "pallas"),
+        (8, False, 8, "xla"),
+        (8, True, 8, "pallas"),
+        (1, False, 20000, "xla"),
+    ],
+)
+def test_auto_on_a_tpu(
+    devices: int,
+    inside: bool,
+    width: int,
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One device or inside shard_map, and a width that fits; else the lean twin, and it says so."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    dispatch._say_once.cache_clear()
+    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    rows = jax.sharding.PartitionSpec("data")
+
+    def log_prob(hidden: jax.Array) -> jax.Array:
+        labels = jnp.zeros(hidden.shape[:1], jnp.int32)
+        head = jnp.ones((2, width), jnp.float32)
+        return linear_cross_entropy(hidden, head, labels).log_prob
+
+    function = jax.shard_map(log_prob, mesh=mesh, in_specs=rows, out_specs=rows)
+    with caplog.at_level(logging.INFO, logger="jaxdistill.kernels"):
+        jax.eval_shape(function if inside else log_prob, jnp.ones((4, width), jnp.float32))
+    assert caplog.messages == [f"linear_cross_entropy: implementation='auto' chose '{chosen}'"]
+
+
+def test_it_is_lowered_for_a_tpu_where_there_is_none() -> None:
+    def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        out = linear_cross_entropy(hidden, head, LABELS, implementation="pallas")
+        return out.log_prob.sum()
+
+    function = jax.jit(jax.grad(total, argnums=(0, 1)))
+    text = function.trace(HIDDEN, HEAD).lower(lowering_platforms=("tpu",)).as_text()
+    names = re.findall(r"kernel_name = \"(\w+)\"", text)
+    assert names == ["forward_kernel", "hidden_gradient_kernel", "head_gradient_kernel"]
