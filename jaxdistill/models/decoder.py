@@ -28,9 +28,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdistill.models.attention import soft_cap
 from jaxdistill.models.config import DecoderConfig
-from jaxdistill.models.layers import Cache, Context, DecoderLayer, Ends, rms_norm
+from jaxdistill.models.layers import Cache, Context, DecoderLayer, Ends, rms_norm, soft_cap
 from jaxdistill.models.rope import rotation
 
 Params = dict[str, Any]

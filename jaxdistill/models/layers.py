@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdistill.models.attention import attention
+from jaxdistill.kernels import attention
 from jaxdistill.models.config import DecoderConfig
 from jaxdistill.models.rope import rotate
 
@@ -41,6 +41,15 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     mean_square = jnp.mean(jnp.square(exact), axis=-1, keepdims=True)
     normed = exact * jax.lax.rsqrt(mean_square + epsilon)
     return (normed * _broadcast(scale, normed)).astype(x.dtype)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """c tanh(x / c): x unchanged near 0, never beyond +-c; the identity for None.
+
+    >>> float(soft_cap(jnp.array(1000.0), 30.0))
+    30.0
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class RMSNorm(nnx.Module):
@@ -124,10 +133,11 @@ class Attention(nnx.Module):
             query,
             key,
             value,
-            query_slots=context.slots,
+            # Without a cache a token's slot is its index, which the kernel need not be told.
+            positions=None if cache is None else context.slots,
             segment_ids=context.segment_ids,
-            sliding_window=self.config.sliding_window,
-            score_soft_cap=self.config.attention_soft_cap,
+            window=self.config.sliding_window,
+            soft_cap=self.config.attention_soft_cap,
         )
         return self.output(mixed), cache
 

@@ -121,6 +121,16 @@ def attention_ring(
       ValueError, ImplementationError: as `attention`.
 
     Source: arXiv 2310.01889.
+
+    Example:
+      >>> import functools
+      >>> import numpy as np
+      >>> from jaxdistill.kernels import attention_ring
+      >>> mesh, x = jax.sharding.Mesh(jax.devices()[:1], "sequence"), np.ones((1, 4, 1, 2), "f4")
+      >>> part = PartitionSpec(None, "sequence")
+      >>> ring = functools.partial(attention_ring, axis_name="sequence")
+      >>> print(jax.shard_map(ring, mesh=mesh, in_specs=(part,) * 3, out_specs=part)(x, x, x).shape)
+      (1, 4, 1, 2)
     """
     devices, here = lax.axis_size(axis_name), lax.axis_index(axis_name)
     part = query.shape[1]

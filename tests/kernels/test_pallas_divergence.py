@@ -6,7 +6,6 @@ Blocks of 16 tokens and 128 columns, the smallest the kernels take, divide none 
 import functools
 import itertools
 import re
-import types
 from collections.abc import Iterator
 
 import jax
@@ -296,18 +295,7 @@ def lower(
     return step.lower(*pair(width), *pair(teacher_width))
 
 
-class WithoutText:
-    """A lowered program. Of tpu7x jax cannot print what libtpu compiled over devices."""
-
-    def __init__(self, lowered: jax.stages.Lowered) -> None:
-        self.lowered = lowered
-
-    def compile(self) -> types.SimpleNamespace:
-        compiled = self.lowered.compile()
-        return types.SimpleNamespace(memory_analysis=compiled.memory_analysis, as_text=str)
-
-
-def lower_sharded(devices: list) -> WithoutText:
+def lower_sharded(devices: list) -> jax.stages.Lowered:
     """SmolLM2's step on four devices: tokens and both hidden states split, heads on each."""
     # Of v4 a device is a core, and make_mesh would place whole chips.
     mesh = Mesh(np.asarray(devices[:4]), ("data",), axis_types=(AxisType.Auto,))
@@ -324,7 +312,7 @@ def lower_sharded(devices: list) -> WithoutText:
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
         for shape, spec in zip(shapes, specs, strict=True)
     ]
-    return WithoutText(jax.jit(jax.value_and_grad(own, argnums=(0, 1))).lower(*arrays))
+    return jax.jit(jax.value_and_grad(own, argnums=(0, 1))).lower(*arrays)
 
 
 @pytest.mark.slow
