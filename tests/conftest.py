@@ -6,6 +6,8 @@ import pathlib
 import jax
 import pytest
 
+# Of the processes that tests start too: libtpu is here for its compiler, not for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
