@@ -1,7 +1,8 @@
 """What the TPU kernels share: where they may be lowered, how tests interpret them, outputs."""
 
+import contextlib
 import contextvars
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -55,6 +56,23 @@ def is_default() -> bool:
     axis_types = jax.sharding.get_abstract_mesh().axis_types
     inside = bool(axis_types) and all(x == jax.sharding.AxisType.Manual for x in axis_types)
     return inside or jax.device_count() == 1
+
+
+def best_first(
+    implementations: Mapping[str, Callable[..., Any]], check: Callable[[], object]
+) -> dict[str, Callable[..., Any]]:
+    """The implementations, the one "auto" takes first.
+
+    That is "pallas" for a TPU where `check`, which raises ImplementationError if the kernel cannot
+    serve, does not; else "xla".
+    """
+    best = "xla"
+    if is_default():
+        with contextlib.suppress(ImplementationError):
+            check()
+            best = "pallas"
+    names = sorted(implementations, key=lambda name: name != best)
+    return {name: implementations[name] for name in names}
 
 
 def output(

@@ -41,8 +41,12 @@ def expectation(log_p: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * safe, axis=-1)
 
 
-def times_temperature_squared(values: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:
-    """The values times the square of the temperature, which is a constant."""
+def times_temperature_squared(
+    values: jax.Array, temperature: jax.typing.ArrayLike, wanted: bool
+) -> jax.Array:
+    """The values, if wanted times the square of the temperature, which is a constant."""
+    if not wanted:
+        return values
     return values * lax.stop_gradient(jnp.asarray(temperature, jnp.float32)) ** 2
 
 

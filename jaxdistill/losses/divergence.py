@@ -61,7 +61,7 @@ def forward_kl(
     """
     log_q, log_p = student_and_teacher(student_logits, teacher_logits, temperature, vocab_size)
     divergence = expectation(log_p, log_p - log_q)
-    return _scaled(divergence, temperature, scale_by_temperature_squared)
+    return times_temperature_squared(divergence, temperature, scale_by_temperature_squared)
 
 
 def reverse_kl(
@@ -104,7 +104,7 @@ def reverse_kl(
     """
     log_q, log_p = student_and_teacher(student_logits, teacher_logits, temperature, vocab_size)
     divergence = _both_kl(log_q, log_p)[1]
-    return _scaled(divergence, temperature, scale_by_temperature_squared)
+    return times_temperature_squared(divergence, temperature, scale_by_temperature_squared)
 
 
 def symmetric_kl(
@@ -143,7 +143,7 @@ def symmetric_kl(
     log_q, log_p = student_and_teacher(student_logits, teacher_logits, temperature, vocab_size)
     forward, reverse = _both_kl(log_q, log_p)
     divergence = 0.5 * (forward + reverse)
-    return _scaled(divergence, temperature, scale_by_temperature_squared)
+    return times_temperature_squared(divergence, temperature, scale_by_temperature_squared)
 
 
 def adaptive_kl(
@@ -196,7 +196,7 @@ def adaptive_kl(
     share = lax.stop_gradient(jnp.where(total > 0, of_head / jnp.where(total > 0, total, 1.0), 0.5))
     forward, reverse = _both_kl(log_q, log_p)
     divergence = share * forward + (1.0 - share) * reverse
-    return _scaled(divergence, temperature, scale_by_temperature_squared)
+    return times_temperature_squared(divergence, temperature, scale_by_temperature_squared)
 
 
 def jensen_shannon(
@@ -241,7 +241,7 @@ def jensen_shannon(
     check_share("beta", beta, includes_zero=False)
     log_q, log_p = student_and_teacher(student_logits, teacher_logits, temperature, vocab_size)
     divergence = of_mixture("jensen_shannon", log_q, log_p, beta)
-    return _scaled(divergence, temperature, scale_by_temperature_squared)
+    return times_temperature_squared(divergence, temperature, scale_by_temperature_squared)
 
 
 def skew_forward_kl(
@@ -283,7 +283,7 @@ def skew_forward_kl(
     check_share("skew", skew, includes_zero=True)
     log_q, log_p = student_and_teacher(student_logits, teacher_logits, temperature, vocab_size)
     divergence = of_mixture("skew_forward_kl", log_q, log_p, skew)
-    return _scaled(divergence, temperature, scale_by_temperature_squared)
+    return times_temperature_squared(divergence, temperature, scale_by_temperature_squared)
 
 
 def skew_reverse_kl(
@@ -328,7 +328,7 @@ def skew_reverse_kl(
     log_q, log_p = student_and_teacher(student_logits, teacher_logits, temperature, vocab_size)
     kind = "skew_reverse_kl_fixed_mixture" if fixed_mixture else "skew_reverse_kl"
     divergence = of_mixture(kind, log_q, log_p, skew)
-    return _scaled(divergence, temperature, scale_by_temperature_squared)
+    return times_temperature_squared(divergence, temperature, scale_by_temperature_squared)
 
 
 def of_mixture(
@@ -356,7 +356,3 @@ def _both_kl(log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:
     forward = expectation(log_p, log_p - log_q)
     reverse = expectation(log_q, jnp.where(log_p > -jnp.inf, log_q - log_p, 0.0))
     return forward, reverse
-
-
-def _scaled(divergence: jax.Array, temperature: jax.typing.ArrayLike, squared: bool) -> jax.Array:
-    return times_temperature_squared(divergence, temperature) if squared else divergence

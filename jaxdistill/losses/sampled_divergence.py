@@ -147,4 +147,4 @@ def sampled_forward_kl(
         log_p = checks.as_tokens("teacher_log_probs", teacher_log_probs, log_q.shape)
         score += lax.stop_gradient(log_p)
     loss = jnp.sum(weights * jnp.where(weights != 0, score, 0.0), axis=-1)
-    return times_temperature_squared(loss, temperature) if scale_by_temperature_squared else loss
+    return times_temperature_squared(loss, temperature, scale_by_temperature_squared)

@@ -149,7 +149,7 @@ def topk_forward_kl(
         known = (log_p_rest > -jnp.inf) & (log_q_rest > -jnp.inf)
         loss += jnp.where(known, jnp.exp(log_p_rest) * (log_p_rest - log_q_rest), 0.0)
     loss = jnp.where(stands_twice(ids, used), jnp.nan, loss)
-    return times_temperature_squared(loss, temperature) if scale_by_temperature_squared else loss
+    return times_temperature_squared(loss, temperature, scale_by_temperature_squared)
 
 
 def values_at(values: jax.Array, ids: jax.typing.ArrayLike) -> jax.Array:

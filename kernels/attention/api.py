@@ -219,16 +219,9 @@ def _function(
     implementation: str, options: Options, query: jax.Array, slots: int
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """What serves the folded query; only "auto" may take another where the TPU kernel cannot."""
-    best = "xla"
-    if implementation == "pallas" or (implementation == "auto" and on_tpu.is_default()):
-        try:
-            _check_kernel(options, query, slots)
-            best = "pallas"
-        except ImplementationError:
-            if implementation == "pallas":
-                raise
-    names = sorted(IMPLEMENTATIONS, key=lambda name: name != best)
-    ordered = {name: IMPLEMENTATIONS[name] for name in names}
+    if implementation == "pallas":
+        _check_kernel(options, query, slots)
+    ordered = on_tpu.best_first(IMPLEMENTATIONS, lambda: _check_kernel(options, query, slots))
     return dispatch.choose("attention", implementation, ordered)
 
 

@@ -1,7 +1,6 @@
 """The linear cross-entropy head: hidden states and a head in, log-probabilities of labels out."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -92,7 +91,12 @@ def linear_cross_entropy(
     arguments.check_chunk("chunk_tokens", chunk_tokens)
     arguments.check_chunk("chunk_vocab", chunk_vocab)
     labels = jnp.asarray(labels, jnp.int32)
-    available = _available(hidden, head, labels.size, columns, chunk_tokens, chunk_vocab)
+    available = on_tpu.best_first(
+        IMPLEMENTATIONS,
+        lambda: pallas_tpu.choose_blocks(
+            hidden, head, labels.size, columns, chunk_tokens, chunk_vocab
+        ),
+    )
     function = functools.partial(
         dispatch.choose("linear_cross_entropy", implementation, available),
         hidden,
@@ -136,21 +140,3 @@ def _count_columns(
             f"but it is {vocab_size}"
         )
     return columns, padded if vocab_size is None else vocab_size
-
-
-def _available(
-    hidden: jax.Array,
-    head: jax.Array,
-    num_tokens: int,
-    columns: int,
-    chunk_tokens: int | None,
-    chunk_vocab: int | None,
-) -> dict[str, Callable]:
-    """All implementations, the one "auto" takes first."""
-    if not on_tpu.is_default():
-        return {name: IMPLEMENTATIONS[name] for name in ("xla", "pallas", "reference")}
-    try:
-        pallas_tpu.choose_blocks(hidden, head, num_tokens, columns, chunk_tokens, chunk_vocab)
-    except dispatch.ImplementationError:
-        return {name: IMPLEMENTATIONS[name] for name in ("xla", "pallas", "reference")}
-    return IMPLEMENTATIONS

@@ -109,7 +109,10 @@ def linear_divergence(
     chunks = chunk_tokens, chunk_vocab
     for name, size in zip(("chunk_tokens", "chunk_vocab"), chunks, strict=True):
         arguments.check_chunk(name, size)
-    available = _available((*student, *teacher), columns, chunks, axis_name)
+    available = on_tpu.best_first(
+        IMPLEMENTATIONS,
+        lambda: check_pallas((*student, *teacher), columns, chunks, axis_name),
+    )
     function = functools.partial(
         dispatch.choose("linear_divergence", implementation, available),
         temperature=lax.stop_gradient(jnp.asarray(temperature, jnp.float32)),
@@ -170,23 +173,6 @@ def _count_columns(
             f"{axis_name!r}, but it is {vocab_size}"
         )
     return padded if vocab_size is None else vocab_size
-
-
-def _available(
-    operands: tuple[jax.Array, ...],
-    vocab_size: int,
-    chunks: tuple[int | None, int | None],
-    axis_name: str | None,
-) -> dict[str, Callable[..., jax.Array]]:
-    """All implementations, the one "auto" takes first."""
-    lean_first = {name: IMPLEMENTATIONS[name] for name in ("xla", "pallas", "reference")}
-    if not on_tpu.is_default():
-        return lean_first
-    try:
-        check_pallas(operands, vocab_size, chunks, axis_name)
-    except dispatch.ImplementationError:
-        return lean_first
-    return IMPLEMENTATIONS
 
 
 def _check_kind(kind: str, share: jax.typing.ArrayLike | None) -> None:

@@ -336,6 +336,5 @@ def over_student_and_teacher(
 def _scaled(
     values: jax.Array, scale_by_temperature_squared: bool, options: KernelOptions
 ) -> jax.Array:
-    if not scale_by_temperature_squared:
-        return values
-    return times_temperature_squared(values, options.get("temperature", 1.0))
+    temperature = options.get("temperature", 1.0)
+    return times_temperature_squared(values, temperature, scale_by_temperature_squared)
