@@ -6,6 +6,7 @@ Imports jax alone. Installed as jaxdistill.kernels.
 from jaxdistill.kernels.attention.api import attention, attention_decode
 from jaxdistill.kernels.attention.sharded import attention_ring, attention_sharded
 from jaxdistill.kernels.dispatch import ImplementationError
+from jaxdistill.kernels.generation import compiling_for
 from jaxdistill.kernels.linear_cross_entropy.api import LinearCrossEntropy, linear_cross_entropy
 from jaxdistill.kernels.linear_divergence.api import linear_divergence
 
@@ -16,6 +17,7 @@ __all__ = [
     "attention_decode",
     "attention_ring",
     "attention_sharded",
+    "compiling_for",
     "linear_cross_entropy",
     "linear_divergence",
 ]

@@ -9,15 +9,6 @@ import itertools
 from typing import Literal, NamedTuple
 
 MIB = 2**20
-# What a core has, and what the compiler gives one kernel unless it is told otherwise.
-PHYSICAL_VMEM_BYTES = {
-    "v4": 16 * MIB,
-    "v5e": 128 * MIB,
-    "v5p": 64 * MIB,
-    "v6e": 128 * MIB,
-    "tpu7x": 64 * MIB,
-}
-SCOPED_VMEM_BYTES = 16 * MIB  # on every generation
 BUDGET_BYTES = 12 * MIB  # the rest is left to the compiler: spilled registers, operands rearranged
 
 ROWS = 16  # rows of a packed bfloat16 register; blocks of tokens are a multiple of it

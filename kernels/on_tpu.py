@@ -8,8 +8,10 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
 from jax.interpreters import batching, mlir
+from jaxdistill.kernels import generation
 from jaxdistill.kernels.dispatch import ImplementationError
 
 # What pallas_call takes as `interpret`; tests set it, before they trace, to run kernels on a CPU:
@@ -51,11 +53,19 @@ def is_default() -> bool:
 
     XLA splits a program over devices, but no kernel in it: there, the call is inside shard_map.
     """
-    if jax.default_backend() != "tpu":
+    target = generation.target()
+    if target is None:
         return False
     axis_types = jax.sharding.get_abstract_mesh().axis_types
     inside = bool(axis_types) and all(x == jax.sharding.AxisType.Manual for x in axis_types)
-    return inside or jax.device_count() == 1
+    return inside or target.num_devices == 1
+
+
+def compiler_params(*dimension_semantics: Any) -> pltpu.CompilerParams:
+    """Those of a kernel whose blocks were chosen to fit `generation.vmem_limit`."""
+    return pltpu.CompilerParams(
+        dimension_semantics=dimension_semantics, vmem_limit_bytes=generation.vmem_limit()
+    )
 
 
 def best_first(

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxdistill.kernels import on_tpu, tiles
+from jaxdistill.kernels import generation, on_tpu, tiles
 from jaxdistill.kernels.attention.problem import Blocking, Bounds, Options, Places
 from jaxdistill.kernels.dispatch import ImplementationError
 
-BUDGET_BYTES = 14 * 2**20  # of the 16 MiB of VMEM a kernel gets on every generation
+MARGIN_BYTES = 2 * 2**20  # of VMEM, left to the compiler
 MAX_ROWS = 1024  # of a tile: queries times the heads that share a key head
 MAX_KEYS = 512
 
@@ -63,14 +63,15 @@ def plan(options: Options, query: jax.Array, slots: int) -> Blocking:
         [options.block_key] if options.block_key else keys,
     )
     given = options.block_query and options.block_key
+    budget = generation.vmem_limit() - MARGIN_BYTES
     fitting = [
         pair
         for pair in pairs
-        if given or vmem_of(heads * pair[0], pair[1], width, query.dtype.itemsize) <= BUDGET_BYTES
+        if given or vmem_of(heads * pair[0], pair[1], width, query.dtype.itemsize) <= budget
     ]
     if not fitting:
         raise ImplementationError(
-            f"implementation 'pallas' of attention must fit {BUDGET_BYTES} bytes of VMEM, but "
+            f"implementation 'pallas' of attention must fit {budget} bytes of VMEM, but "
             f"{heads} heads of width {width} to a key head do not: choose 'xla' or 'reference'"
         )
     block_query, block_key = max(fitting, key=lambda pair: (pair[0] * pair[1], pair[1]))
@@ -191,9 +192,7 @@ def run(
             out_specs=[_spec(call, name, shape) for name, (shape, _) in outputs.items()],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
-        ),
+        compiler_params=on_tpu.compiler_params("parallel", "parallel", "parallel", "arbitrary"),
         interpret=call.options.interpret,
         name=body.__name__,
     )(*scalars, *inputs.values())

@@ -229,7 +229,7 @@ class _Grid:
             in_specs=[scalar, scalar, *specs],
             out_specs=spec,
             scratch_shapes=scratch,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            compiler_params=on_tpu.compiler_params("parallel", "arbitrary"),
             interpret=self.options.interpret,
             name=kernel.__name__.strip("_"),
         )(*inputs)

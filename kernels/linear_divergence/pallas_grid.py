@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxdistill.kernels import on_tpu, tiles
 from jaxdistill.kernels.linear_divergence.pallas_tile import (
     HEAD_GRADIENT,
@@ -121,9 +120,7 @@ def call(
         in_specs=[*specs.models(models), *(specs.rows(1) for _ in per_token)],
         out_specs=out_specs,
         scratch_shapes=scratch(tile),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary")
-        ),
+        compiler_params=on_tpu.compiler_params("parallel", "arbitrary", "arbitrary"),
         interpret=options.interpret,
         name=f"linear_divergence_{sweep.name}",
     )(*models, *per_token)
