@@ -30,7 +30,7 @@ SCOPED_VMEM_BYTES = 16 * MIB
 
 
 class Target(NamedTuple):
-    """A generation, None if it is not among those known, and the devices a program is split over."""
+    """A generation (None: one this list does not know) and the devices a program is split over."""
 
     generation: str | None
     num_devices: int
