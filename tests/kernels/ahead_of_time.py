@@ -1,66 +1,17 @@
-"""The real TPU compiler on a machine without a TPU: `libtpu` compiles for a topology by name.
-
-It runs in a process of its own, with the variables that silence its look for a real machine.
-"""
-
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
+"""Programs under the real TPU compiler; skips where libtpu cannot be had."""
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
-TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "tpu7x": "tpu7x:2x2x1",
-}
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from jaxdistill.parallel import ahead_of_time
+from jaxdistill.parallel.ahead_of_time import TOPOLOGIES, Compiled, Program
 
-PROGRAM = """
-import json, sys
-import jax
-from jax.experimental import topologies
-import {module} as module
-name, arguments = sys.argv[1], json.loads(sys.argv[2])
-topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[3])
-compiled = getattr(module, name)(topology.devices, **arguments).compile()
-memory = compiled.memory_analysis()
-print(json.dumps({{"temporary": memory.temp_size_in_bytes}}))
-"""
+__all__ = ["TOPOLOGIES", "compile_for"]
 
 
-def compile_for(generation: str, module: str, function: str, **arguments: object) -> dict:
-    """Compile `module.function(devices, **arguments)`, a lowered program, for a TPU generation.
-
-    Returns its temporaries in bytes a chip, "temporary". Skips where libtpu cannot be had.
-    """
-    if importlib.util.find_spec("libtpu") is None:
+def compile_for(generation: str, module: str, function: str, **arguments: object) -> Compiled:
+    """Compile `module.function(devices, **arguments)`, a lowered program, for a TPU generation."""
+    if not ahead_of_time.is_available():
         pytest.skip("libtpu is not installed (it is x86-64 Linux only): pip install libtpu")
-    finished = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            PROGRAM.format(module=module),
-            function,
-            json.dumps(arguments),
-            TOPOLOGIES[generation],
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return json.loads(finished.stdout.splitlines()[-1])
+    (found,) = ahead_of_time.compile_all(generation, [Program(module, function, arguments)])
+    assert isinstance(found, Compiled), found
+    return found

@@ -99,11 +99,11 @@ def check(generation: str, model: str, dtype: str, packed: bool) -> None:
     found = compile_for(
         generation, __name__, "lower_gradients", model=model, dtype=dtype, packed=packed
     )
-    print(f"{generation} {model} {dtype} packed={packed}: {found['temporary'] / 2**20:.1f} MiB")
-    assert found["temporary"] <= 5 * bytes_of_operands(model, jnp.dtype(dtype).itemsize)
+    print(f"{generation} {model} {dtype} packed={packed}: {found.temporary / 2**20:.1f} MiB")
+    assert found.temporary <= 5 * bytes_of_operands(model, jnp.dtype(dtype).itemsize)
     heads, _, _, length, _ = MODELS[model]
     scores = 2 * heads * length**2 * jnp.dtype(dtype).itemsize
-    assert found["temporary"] < scores
+    assert found.temporary < scores
 
 
 def test_a_packed_step_compiles_for_v5e() -> None:
@@ -137,4 +137,4 @@ def test_decode_compiles(generation: str, model: str) -> None:
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_a_sharded_step_compiles(generation: str, ring: bool) -> None:
     found = compile_for(generation, __name__, "lower_sharded", model="llama3_8b", ring=ring)
-    assert found["temporary"] <= 10 * bytes_of_operands("llama3_8b", 2) / 4
+    assert found.temporary <= 10 * bytes_of_operands("llama3_8b", 2) / 4

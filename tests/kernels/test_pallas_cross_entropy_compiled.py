@@ -68,7 +68,7 @@ def compile_for(generation: str, model: str, **options: object) -> int:
     """Temporaries in bytes a chip."""
     tokens, width, vocab = MODELS[model]
     shape = {"tokens": tokens, "width": width, "vocab": vocab}
-    return ahead_of_time.compile_for(generation, __name__, "lower", **shape, **options)["temporary"]
+    return ahead_of_time.compile_for(generation, __name__, "lower", **shape, **options).temporary
 
 
 @pytest.mark.parametrize(

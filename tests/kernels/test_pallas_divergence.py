@@ -321,14 +321,14 @@ def test_compiles_inside_a_sharded_step(generation: str) -> None:
     """A tenth of one device's share of one model's logits, beside the heads laid out anew."""
     compiled = ahead_of_time.compile_for(generation, __name__, "lower_sharded")
     heads = 4 * 2 * 49_152 * 640  # both heads and the gradient before and after its sum
-    print(f"{generation} sharded: {compiled['temporary'] / 2**20:.2f} MiB a device")
-    assert compiled["temporary"] <= 4 * 4096 * 49_152 / 10 + heads
+    print(f"{generation} sharded: {compiled.temporary / 2**20:.2f} MiB a device")
+    assert compiled.temporary <= 4 * 4096 * 49_152 / 10 + heads
 
 
 def temporary(generation: str, **arguments: str) -> int:
     arguments = {"dtype": "bfloat16", "layout": "vd", "implementation": "pallas"} | arguments
     compiled = ahead_of_time.compile_for(generation, __name__, "lower", **arguments)
-    return compiled["temporary"]
+    return compiled.temporary
 
 
 def test_compiles_for_a_tpu() -> None:
