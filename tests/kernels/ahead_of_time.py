@@ -29,21 +29,28 @@ ENVIRONMENT = {
 }
 
 PROGRAM = """
-import json, sys
+import contextlib, json, sys
 import jax
 from jax.experimental import topologies
+from jaxdistill.kernels import compiling_for
 import {module} as module
-name, arguments = sys.argv[1], json.loads(sys.argv[2])
+name, arguments, generation = sys.argv[1], json.loads(sys.argv[2]), sys.argv[4]
 topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[3])
-compiled = getattr(module, name)(topology.devices, **arguments).compile()
+devices = topology.devices
+known = compiling_for(generation, len(devices)) if generation else contextlib.nullcontext()
+with known:
+    compiled = getattr(module, name)(devices, **arguments).compile()
 memory = compiled.memory_analysis()
 print(json.dumps({{"temporary": memory.temp_size_in_bytes}}))
 """
 
 
-def compile_for(generation: str, module: str, function: str, **arguments: object) -> dict:
+def compile_for(
+    generation: str, module: str, function: str, *, known: bool = True, **arguments: object
+) -> dict:
     """Compile `module.function(devices, **arguments)`, a lowered program, for a TPU generation.
 
+    It is traced inside `compiling_for`, so kernels know the TPU, unless `known` is False.
     Returns its temporaries in bytes a chip, "temporary". Skips where libtpu cannot be had.
     """
     if importlib.util.find_spec("libtpu") is None:
@@ -56,6 +63,7 @@ def compile_for(generation: str, module: str, function: str, **arguments: object
             function,
             json.dumps(arguments),
             TOPOLOGIES[generation],
+            generation if known else "",
         ],
         capture_output=True,
         text=True,
