@@ -1,102 +1,189 @@
-"""Sizes of the blocks a TPU kernel of a fused head holds in VMEM, from a budget in bytes.
+"""The tile a TPU kernel of a fused head works on: what fits VMEM and takes the least time.
 
-A block pair is tokens of the hidden states [tokens, D] and columns of the head [vocab, D]; between
-them stands one tile of logits [tokens, vocab]. Of all pairs that fit, the one is taken that moves
-the fewest bytes from HBM, where a step of the grid costs as much time as moving STEP_BYTES.
+A tile is a block of tokens, a block of the vocabulary and the logits between them. A kernel holds
+of each model the block of the hidden states [tokens, D] and of the head [vocab, D], whole or, where
+both do not fit, or only in blocks so small that reading them takes longer than the products, one of
+`parts` parts of D at a time.
 """
 
 import itertools
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
-MIB = 2**20
-BUDGET_BYTES = 12 * MIB  # the rest is left to the compiler: spilled registers, operands rearranged
+import jax
+import jax.numpy as jnp
+from jaxdistill.kernels import generation
+from jaxdistill.kernels.dispatch import ImplementationError
 
 ROWS = 16  # rows of a packed bfloat16 register; blocks of tokens are a multiple of it
 LANES = 128  # the width of a register; blocks of columns are a multiple of it
 TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 VOCAB = (128, 256, 384, 512, 768, 1024, 2048)
-STEP_BYTES = 256 * 1024  # 0.35 microseconds at 800 GB/s
-LIVE_TILES = 5  # float32 tiles [tokens, vocab] alive at once, a head
+WIDTH_PART = 512  # columns of D of a gradient's product that are in VMEM before they are added
+STEP_SECONDS = 0.35e-6  # what a step of a grid costs beside its work
+# Logits of a tile, of all models together: a kernel is unrolled over their registers, so that twice
+# as many take twice as long to compile (14 seconds at this size), and save steps alone.
+LARGEST_TILE = 512 * 1024
+LIVE_TILES = 5  # float32 tiles [tokens, vocab] alive at once, of all models together
 TOKEN_BYTES = 8 * LANES * 4  # labels and statistics, a row: a scalar takes a row of lanes
+VMEM_SPEED = 16  # how much faster than HBM it is read and written, about
+FLOAT32_PASSES = 6  # of the matrix unit, which multiplies bfloat16, for one float32 product
 
-Sweep = Literal["forward", "hidden_gradient", "head_gradient", "all"]
 
-
-class Blocks(NamedTuple):
-    """Tokens and columns of a block: multiples of 16 and 128."""
+class Tile(NamedTuple):
+    """Block of tokens, block of the vocabulary, and the number of parts of every width."""
 
     tokens: int
     vocab: int
+    parts: int
 
 
-def plan(
-    num_tokens: int,
+class Sweep(NamedTuple):
+    """What a kernel sums over, and the first model's operand its product is taken with."""
+
+    name: str
+    over: str
+    product_with: str | None = None
+
+
+FORWARD = Sweep("forward", "vocabulary")
+SECOND_FORWARD = Sweep("second_forward", "vocabulary")
+HIDDEN_GRADIENT = Sweep("hidden_gradient", "vocabulary", "head")
+HEAD_GRADIENT = Sweep("head_gradient", "tokens", "hidden")
+
+
+class Sizes(NamedTuple):
+    """What the choice of a tile depends on: `chunks` are tokens and columns where given."""
+
+    num_tokens: int
+    vocab_size: int
+    widths: tuple[int, ...]
+    itemsize: int
+    chunks: tuple[int | None, int | None] = (None, None)
+
+    @classmethod
+    def of(
+        cls,
+        models: Sequence[tuple[jax.Array, jax.Array]],
+        vocab_size: int,
+        chunks: tuple[int | None, int | None],
+    ) -> "Sizes":
+        """Those of the (hidden states, head) of each model."""
+        widths = tuple(hidden.shape[-1] for hidden, _ in models)
+        num_tokens = max(math.prod(models[0][0].shape[:-1]), 1)
+        itemsize = max(x.dtype.itemsize for model in models for x in model)
+        return cls(num_tokens, vocab_size, widths, itemsize, chunks)
+
+
+def check(
+    operation: str,
+    models: Sequence[tuple[jax.Array, jax.Array]],
     vocab_size: int,
-    widths: tuple[int, ...],
-    itemsize: int,
-    vmem_bytes: int = BUDGET_BYTES,
-    sweep: Sweep = "all",
-) -> Blocks:
-    """The block pair that moves the fewest bytes among those that fit.
+    chunks: tuple[int | None, int | None],
+) -> None:
+    """Raise ImplementationError unless the kernels of an operation can serve these models."""
+    for dtype in (x.dtype for model in models for x in model):
+        if dtype not in (jnp.float32, jnp.bfloat16):
+            raise ImplementationError(
+                f"implementation 'pallas' of {operation} takes float32 and bfloat16, but "
+                f"{dtype} was given: choose 'xla' or 'reference'"
+            )
+    for name, size, multiple in (
+        ("chunk_tokens", chunks[0], ROWS),
+        ("chunk_vocab", chunks[1], LANES),
+    ):
+        if size is not None and size % multiple:
+            raise ImplementationError(
+                f"{name} must be a multiple of {multiple} for implementation 'pallas', but it is "
+                f"{size}: choose 'xla' for any size"
+            )
+    sizes = Sizes.of(models, vocab_size, chunks)
+    for sweep in (FORWARD, HIDDEN_GRADIENT, HEAD_GRADIENT):
+        choose_tile(operation, sweep, sizes)
 
-    Args:
-      num_tokens, vocab_size: what there is; blocks are no larger than it, rounded up.
-      widths: D of each hidden state and head that are in VMEM together.
-      itemsize: bytes of one of their numbers.
-      vmem_bytes: what all blocks, accumulators and tiles may take.
-      sweep: the kernel the blocks are for. "forward" and "hidden_gradient" go through the
-        vocabulary for each block of tokens, "head_gradient" through the tokens for each block of
-        the head; "all" fits and weighs the three together.
+
+def choose_tile(operation: str, sweep: Sweep, sizes: Sizes) -> Tile:
+    """The tile that takes the least time among those that fit; chunks that were given stay.
 
     Raises:
-      ValueError: not even the smallest pair fits.
+      ImplementationError: none fits.
 
     Example:
-      >>> plan(8192, 151936, (2048,), 2)
-      Blocks(tokens=256, vocab=256)
+      >>> choose_tile("linear_cross_entropy", FORWARD, Sizes(8192, 151936, (2048,), 2))
+      Tile(tokens=256, vocab=512, parts=1)
     """
-    pairs = [
-        Blocks(*x)
-        for x in itertools.product(
-            _up_to(TOKENS, num_tokens, ROWS), _up_to(VOCAB, vocab_size, LANES)
-        )
-    ]
-    fitting = [x for x in pairs if vmem_of(x, widths, itemsize, sweep) <= vmem_bytes]
+    fitting = [tile for tile in _tiles(sizes) if vmem_of(sweep, tile, sizes) <= budget()]
     if not fitting:
-        smallest = vmem_of(pairs[0], widths, itemsize, sweep)
-        raise ValueError(
-            f"blocks must fit {vmem_bytes} bytes of VMEM, but the smallest of widths {widths} "
-            f"take {smallest}"
+        tokens, vocab = sizes.chunks[0] or ROWS, sizes.chunks[1] or LANES
+        raise ImplementationError(
+            f"implementation 'pallas' of {operation} cannot fit widths "
+            f"{' and '.join(map(str, sizes.widths))} in blocks of {tokens} tokens and {vocab} "
+            f"columns into {budget()} bytes of VMEM: choose 'xla', or smaller chunks if any are "
+            "given"
         )
-    bytes_of = {
-        x: _moved(x, num_tokens, vocab_size, sum(widths) * itemsize, sweep) for x in fitting
-    }
-    return min(fitting, key=lambda x: (bytes_of[x], x.tokens * x.vocab))
+    return min(fitting, key=lambda tile: (seconds_of(sweep, tile, sizes), tile))
 
 
-def vmem_of(blocks: Blocks, widths: tuple[int, ...], itemsize: int, sweep: Sweep = "all") -> int:
-    """Bytes of VMEM a kernel takes: what is read and written twice over, to overlap the moving."""
-    width = sum(_round_up(x, LANES) for x in widths)
-    accumulated = {
-        "forward": 0,
-        "hidden_gradient": blocks.tokens,
-        "head_gradient": blocks.vocab,
-        "all": max(blocks),
-    }[sweep]
-    operands = 2 * itemsize * width * sum(blocks)
-    gradient = accumulated * width * (4 + 2 * itemsize)
-    tiles = 4 * LIVE_TILES * len(widths) * blocks.tokens * blocks.vocab
-    return operands + gradient + tiles + TOKEN_BYTES * blocks.tokens
+def budget() -> int:
+    """Bytes of VMEM for what a kernel holds; the compiler spills registers into the rest."""
+    return generation.vmem_limit() * 3 // 4
 
 
-def _moved(blocks: Blocks, num_tokens: int, vocab_size: int, row_bytes: int, sweep: Sweep) -> int:
-    """Bytes the innermost loop reads, and what its steps cost."""
-    steps = -(-num_tokens // blocks.tokens) * -(-vocab_size // blocks.vocab)
-    through_vocabulary = steps * (blocks.vocab * row_bytes + STEP_BYTES)
-    through_tokens = steps * (blocks.tokens * row_bytes + STEP_BYTES)
-    if sweep == "all":
-        return 2 * through_vocabulary + through_tokens
-    return through_tokens if sweep == "head_gradient" else through_vocabulary
+def _tiles(sizes: Sizes) -> list[Tile]:
+    """All there are for a problem of these sizes."""
+    parts = [1] + [
+        parts
+        for parts in range(2, min(sizes.widths) // LANES + 1)
+        if all(width % (parts * LANES) == 0 for width in sizes.widths)
+    ]
+    given_tokens, given_vocab = sizes.chunks
+    tokens = [given_tokens] if given_tokens else _up_to(TOKENS, sizes.num_tokens, ROWS)
+    vocab = [given_vocab] if given_vocab else _up_to(VOCAB, sizes.vocab_size, LANES)
+    largest = LARGEST_TILE // len(sizes.widths)
+    pairs = [
+        pair
+        for pair in itertools.product(tokens, vocab)
+        if pair == sizes.chunks or math.prod(pair) <= largest
+    ]
+    return [Tile(*pair, x) for pair in pairs for x in parts]
+
+
+def vmem_of(sweep: Sweep, tile: Tile, sizes: Sizes) -> int:
+    """Bytes a kernel holds: what is read and written twice over, to overlap the moving."""
+    part = sum(_round_up(width // tile.parts, LANES) for width in sizes.widths)
+    operands = 2 * sizes.itemsize * (tile.tokens + tile.vocab) * part
+    rows = {None: 0, "head": tile.tokens, "hidden": tile.vocab}[sweep.product_with]
+    width = _round_up(sizes.widths[0], LANES)
+    of_width = 4 * width + 2 * sizes.itemsize * (width // tile.parts)  # the sum, and its output
+    gradient = rows * (of_width + 4 * min(width // tile.parts, WIDTH_PART))
+    logits = 4 * LIVE_TILES * tile.tokens * tile.vocab
+    return operands + gradient + logits + TOKEN_BYTES * tile.tokens
+
+
+def seconds_of(sweep: Sweep, tile: Tile, sizes: Sizes) -> float:
+    """About how long a kernel takes: its products or its reading, whichever takes longer.
+
+    Multiplying by a block of n rows takes as long as reading it where n is the multiplications a
+    core does in the time it reads a byte, 240 of a v5e and 560 of a v6e: smaller blocks wait.
+    """
+    speed = generation.speed()
+    width, logits = sum(sizes.widths), tile.tokens * tile.vocab
+    multiplied = width + (sizes.widths[0] if sweep.product_with else 0)
+    passes = FLOAT32_PASSES if sizes.itemsize == 4 else 1
+    read = (tile.vocab if sweep.over == "vocabulary" else tile.tokens) * width
+    if tile.parts > 1:
+        again = {None: 0, "head": tile.vocab, "hidden": tile.tokens}[sweep.product_with]
+        read = (tile.tokens + tile.vocab) * width + again * sizes.widths[0]
+    products = 2 * logits * multiplied * passes / speed.operations
+    reading = read * sizes.itemsize / speed.bytes
+    rows = {None: 0, "head": tile.tokens, "hidden": tile.vocab}[sweep.product_with]
+    sums = 2 * 4 * (rows * sizes.widths[0] + (tile.parts - 1) * len(sizes.widths) * logits)
+    steps = tile.parts * (2 if tile.parts > 1 and sweep.product_with else 1)
+    step = max(products, reading) + sums / (VMEM_SPEED * speed.bytes) + steps * STEP_SECONDS
+    # Blocks that the tokens do not fill cost a copy of the hidden states: little time, but memory.
+    filled = 1.0 if sizes.num_tokens % tile.tokens == 0 else 1.1
+    return filled * step * -(-sizes.num_tokens // tile.tokens) * -(-sizes.vocab_size // tile.vocab)
 
 
 def _up_to(sizes: tuple[int, ...], most: int, multiple: int) -> list[int]:

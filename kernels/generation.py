@@ -25,6 +25,22 @@ PHYSICAL_VMEM_BYTES = {
     "v6e": 128 * MIB,
     "tpu7x": 64 * MIB,
 }
+
+
+class Speed(NamedTuple):
+    """Of a chip, a second: bfloat16 operations, and bytes from HBM."""
+
+    operations: float
+    bytes: float
+
+
+SPEEDS = {
+    "v4": Speed(275e12, 1228e9),
+    "v5e": Speed(197e12, 819e9),
+    "v5p": Speed(459e12, 2765e9),
+    "v6e": Speed(918e12, 1640e9),
+    "tpu7x": Speed(2307e12, 7380e9),
+}
 # What the compiler gives a kernel that does not ask for more, on every generation.
 SCOPED_VMEM_BYTES = 16 * MIB
 
@@ -76,3 +92,9 @@ def vmem_limit() -> int:
     if chosen is None or chosen.generation is None:
         return SCOPED_VMEM_BYTES
     return max(PHYSICAL_VMEM_BYTES[chosen.generation] * 3 // 4, SCOPED_VMEM_BYTES)
+
+
+def speed() -> Speed:
+    """Of the TPU a program is for; of one this list does not know, or none, that of a v5e."""
+    chosen = target()
+    return SPEEDS[(chosen and chosen.generation) or "v5e"]

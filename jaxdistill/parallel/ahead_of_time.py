@@ -4,6 +4,7 @@ It runs in a process of its own, for three reasons: its variables must be set be
 it aborts the process where it gives up, and its estimates of cycles are written to files.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -40,7 +41,7 @@ MARK = "compiled: "  # what a line with a result begins with
 class Program(NamedTuple):
     """What to compile: `function(devices, **arguments)` of a module returns a jax.stages.Lowered.
 
-    It is traced inside `kernels.compiling_for(generation)`, a program of one device.
+    It is traced as a program of one device; one of several says so by `kernels.compiling_for`.
     """
 
     module: str
@@ -66,7 +67,12 @@ def is_available() -> bool:
 
 
 def compile_all(
-    generation: str, programs: Sequence[Program], *, with_cycles: bool = False, timeout: float = 600
+    generation: str,
+    programs: Sequence[Program],
+    *,
+    with_cycles: bool = False,
+    known: bool = True,
+    timeout: float = 600,
 ) -> list[Compiled | str]:
     """Compile programs one after another; the last words of the compiler where one fails.
 
@@ -75,6 +81,7 @@ def compile_all(
       programs: what to compile.
       with_cycles: whether to estimate cycles. It takes as long as the grid is large, and the
         compiler then keeps operands in HBM: it has no estimate for scalars read from VMEM.
+      known: whether kernels are told the generation, by `kernels.compiling_for`.
       timeout: seconds a program may take.
 
     Raises:
@@ -87,12 +94,13 @@ def compile_all(
         )
     found: list[Compiled | str] = []
     while len(found) < len(programs):  # a process that was aborted is followed by another
-        found += _in_one_process(generation, programs[len(found) :], with_cycles, timeout)
+        rest = programs[len(found) :]
+        found += _in_one_process(generation, rest, with_cycles, known, timeout)
     return found
 
 
 def _in_one_process(
-    generation: str, programs: Sequence[Program], with_cycles: bool, timeout: float
+    generation: str, programs: Sequence[Program], with_cycles: bool, known: bool, timeout: float
 ) -> list[Compiled | str]:
     """As many results as there are until the first that ends the process, its own included."""
     found: list[Compiled | str] = []
@@ -102,7 +110,8 @@ def _in_one_process(
             environment["LIBTPU_INIT_ARGS"] = (
                 f"--xla_jf_dump_static_llo_profile_to={directory} --xla_msa_enable=false"
             )
-        command = [sys.executable, "-m", __name__, generation, directory, json.dumps(programs)]
+        arguments = json.dumps([generation, programs, known])
+        command = [sys.executable, "-m", __name__, directory, arguments]
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
         ) as process:
@@ -142,7 +151,7 @@ def _estimates(directory: pathlib.Path) -> Iterator[tuple[str, int]]:
         file.unlink()
 
 
-def _main(generation: str, directory: pathlib.Path, programs: list) -> None:
+def _main(directory: pathlib.Path, generation: str, programs: list, known: bool) -> None:
     """Compile the programs and print a line for each."""
     from jax.experimental import topologies
 
@@ -152,7 +161,7 @@ def _main(generation: str, directory: pathlib.Path, programs: list) -> None:
         platform="tpu", topology_name=TOPOLOGIES[generation]
     ).devices
     for module, function, arguments in programs:
-        with compiling_for(generation):
+        with compiling_for(generation) if known else contextlib.nullcontext():
             lowered = getattr(importlib.import_module(module), function)(devices, **arguments)
             compiled = lowered.compile()
         temporary = compiled.memory_analysis().temp_size_in_bytes
@@ -160,4 +169,4 @@ def _main(generation: str, directory: pathlib.Path, programs: list) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3]))
+    _main(pathlib.Path(sys.argv[1]), *json.loads(sys.argv[2]))

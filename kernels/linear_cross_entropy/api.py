@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxdistill.kernels import arguments, dispatch, on_tpu
+from jaxdistill.kernels import arguments, blocks, dispatch, on_tpu
 from jaxdistill.kernels.linear_cross_entropy import pallas_tpu, reference, sharded, xla
 
 IMPLEMENTATIONS = {
@@ -61,7 +61,7 @@ def linear_cross_entropy(
       implementation: "auto", "pallas" (a TPU kernel), "xla" (lean) or "reference" (full logits). A
         name that cannot serve raises; "auto" logs what it chose at level INFO, once. It takes
         "pallas" where the default backend is a TPU, in a process of one device or inside
-        shard_map (a jit over several devices cannot split a kernel), and the width fits VMEM.
+        shard_map (a jit over several devices cannot split a kernel), and the arguments allow it.
       chunk_tokens, chunk_vocab: size of the tile of logits that exists at a time; default about 64
         MiB in float32 ("xla"), or what fits VMEM ("pallas": multiples of 16 and 128).
 
@@ -72,7 +72,8 @@ def linear_cross_entropy(
     Raises:
       ValueError: an argument of the wrong shape, type or range.
       ImplementationError: a ValueError too: an unknown implementation, or one that cannot serve:
-        "pallas" in a program lowered for anything but a TPU, or for a width beyond VMEM.
+        "pallas" in a program lowered for anything but a TPU, or for types, chunks or widths it
+        does not take.
 
     Example:
       >>> import numpy as np
@@ -93,8 +94,8 @@ def linear_cross_entropy(
     labels = jnp.asarray(labels, jnp.int32)
     available = on_tpu.best_first(
         IMPLEMENTATIONS,
-        lambda: pallas_tpu.choose_blocks(
-            hidden, head, labels.size, columns, chunk_tokens, chunk_vocab
+        lambda: blocks.check(
+            "linear_cross_entropy", [(hidden, head)], columns, (chunk_tokens, chunk_vocab)
         ),
     )
     function = functools.partial(

@@ -6,11 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxdistill.kernels import arguments, dispatch, on_tpu
+from jaxdistill.kernels import arguments, blocks, dispatch, on_tpu
 from jaxdistill.kernels.linear_cross_entropy.sharded import check_axis
 from jaxdistill.kernels.linear_divergence import kinds, pallas_tpu, reference, xla
 from jaxdistill.kernels.linear_divergence.kinds import KINDS, MIXTURES
-from jaxdistill.kernels.linear_divergence.pallas_tile import check as check_pallas
 
 IMPLEMENTATIONS = {
     "pallas": pallas_tpu.linear_divergence,
@@ -67,7 +66,7 @@ def linear_divergence(
       head_layout: which way round both heads lie.
       axis_name: inside shard_map, the mesh axis over which both heads' vocabularies are split: V is
         then what one device has, vocab_size counts over all of them, and hidden states and the
-        returned values are the same on every device of this axis. Not with "pallas".
+        returned values are the same on every device of this axis.
       teacher_gradient: whether the teacher is trained too. Costs one more forward sweep (or two):
         its gradient is the student's of the kind with both models swapped.
       implementation: "auto", "pallas" (TPU kernels), "xla" (lean) or "reference" (full logits). A
@@ -83,8 +82,8 @@ def linear_divergence(
     Raises:
       ValueError: an argument of the wrong shape, type or range.
       ImplementationError: a ValueError too: an unknown implementation, or one that cannot serve:
-        "pallas" in a program lowered for anything but a TPU, with axis_name, or for types, chunks
-        or widths it does not take.
+        "pallas" in a program lowered for anything but a TPU, or for types, chunks or widths it
+        does not take.
 
     Source: arXiv 1503.02531 (forward), 2306.08543 (reverse), 2306.13649 (Jensen-Shannon),
       2402.03898 (skew), 2503.07067 (fixed mixture), 2403.00858 (total variation).
@@ -109,9 +108,10 @@ def linear_divergence(
     chunks = chunk_tokens, chunk_vocab
     for name, size in zip(("chunk_tokens", "chunk_vocab"), chunks, strict=True):
         arguments.check_chunk(name, size)
+    own = columns if axis_name is None else student[1].shape[arguments.VOCABULARY_AXIS[head_layout]]
     available = on_tpu.best_first(
         IMPLEMENTATIONS,
-        lambda: check_pallas((*student, *teacher), columns, chunks, axis_name),
+        lambda: blocks.check("linear_divergence", (student, teacher), own, chunks),
     )
     function = functools.partial(
         dispatch.choose("linear_divergence", implementation, available),

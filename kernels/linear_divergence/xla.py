@@ -1,13 +1,8 @@
 """The lean twin: one tile of both models' logits at a time, forward and backward, in plain XLA.
 
-A KL takes one sweep over the vocabulary. Write KL(p||q), with (p, q) = (teacher, student) for the
-forward and (student, teacher) for the reverse. With running maxima m and totals Z of both, it keeps
-
-    A = sum exp(p - m_p) ((p - m_p) - (q - m_q));    KL = A / Z_p - log Z_p + log Z_q
-
-so the terms stay near the size of the divergence however large the logits. The other kinds need
-both log-sum-exps first, so they take a second sweep. Residuals are the inputs, both log-sum-exps
-and the sum of the slopes (see `kinds`): nothing of size [tokens, vocabulary].
+A KL takes one sweep over the vocabulary, see `statistics`. The other kinds need both log-sum-exps
+first, so they take a second one. Residuals are the inputs, both log-sum-exps and the sum of the
+slopes (see `kinds`): nothing of size [tokens, vocabulary].
 """
 
 import functools
@@ -20,9 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxdistill.kernels import tiles
 from jaxdistill.kernels.linear_divergence import kinds
-
-# Which KLs a kind is the mean of: True is the forward one.
-DIRECTIONS = {"forward_kl": (True,), "reverse_kl": (False,), "symmetric_kl": (True, False)}
+from jaxdistill.kernels.linear_divergence.statistics import (
+    DIRECTIONS,
+    Running,
+    Sums,
+    of_kl,
+    over_devices,
+    own_columns,
+)
 
 
 class _Options(NamedTuple):
@@ -44,22 +44,6 @@ class _Models(NamedTuple):
     temperature: jax.Array
     share: jax.Array
     num_valid: jax.Array | None  # this device's columns that count, of a split head
-
-
-class _Running(NamedTuple):
-    """Statistics of the columns seen so far, [num_chunks, C] each."""
-
-    student: tiles.OnlineSoftmax
-    teacher: tiles.OnlineSoftmax
-    differences: tuple[jax.Array, ...]  # A of the module's docstring, for each direction
-
-
-class _Sums(NamedTuple):
-    """What the backward pass needs of the whole vocabulary, [num_chunks, C] each."""
-
-    student: jax.Array  # log-sum-exp
-    teacher: jax.Array
-    slopes: jax.Array
 
 
 def linear_divergence(
@@ -85,9 +69,8 @@ def linear_divergence(
     """
     num_valid = None
     if axis_name is not None:
-        own = student_head.shape[vocab_axis]
-        num_valid = jnp.clip(vocab_size - lax.axis_index(axis_name) * own, 0, own)
-        vocab_size = own
+        num_valid = own_columns(student_head, vocab_axis, vocab_size, axis_name)
+        vocab_size = student_head.shape[vocab_axis]
     shape = student_hidden.shape[:-1]
     tiling = tiles.plan(math.prod(shape), vocab_size, chunk_tokens, chunk_vocab)
     soft_caps = (student_soft_cap, teacher_soft_cap)
@@ -112,22 +95,13 @@ def _chunked(options: _Options, models: _Models) -> jax.Array:
     return _divergence_and_sums(options, models)[0]
 
 
-def _divergence_and_sums(options: _Options, models: _Models) -> tuple[jax.Array, _Sums]:
+def _divergence_and_sums(options: _Options, models: _Models) -> tuple[jax.Array, Sums]:
     running = _statistics(options, models)
+    if options.kind in kinds.KL:
+        return of_kl(options.kind, running)
     log_sum_exps = running.student.log_sum_exp(), running.teacher.log_sum_exp()
-    if options.kind not in kinds.KL:
-        divergence, slopes = _second_sweep(options, models, *log_sum_exps)
-        return divergence, _Sums(*log_sum_exps, slopes)
-    divergence = slope = jnp.float32(0.0)
-    directions = DIRECTIONS[options.kind]
-    for forward, difference in zip(directions, running.differences, strict=True):
-        p, q = running.teacher, running.student
-        if not forward:
-            p, q = q, p
-        kl = difference / p.total - jnp.log(p.total) + jnp.log(q.total)
-        divergence += kl / len(directions)
-        slope += (-jnp.ones_like(kl) if forward else kl) / len(directions)
-    return divergence, _Sums(*log_sum_exps, slope)
+    divergence, slopes = _second_sweep(options, models, *log_sum_exps)
+    return divergence, Sums(*log_sum_exps, slopes)
 
 
 def _in_product_types(models: _Models) -> _Models:
@@ -141,14 +115,14 @@ def _zeros(models: _Models) -> jax.Array:
     return jnp.zeros_like(models.student_hidden[..., 0], dtype=jnp.float32)
 
 
-def _statistics(options: _Options, models: _Models) -> _Running:
+def _statistics(options: _Options, models: _Models) -> Running:
     models = _in_product_types(models)
 
-    def take_block(running: _Running, index: jax.Array) -> tuple[_Running, None]:
+    def take_block(running: Running, index: jax.Array) -> tuple[Running, None]:
         columns = _columns(options, models, index)
         blocks = _blocks(options, models, columns)
 
-        def take_tile(_: None, chunk: tuple) -> tuple[None, _Running]:
+        def take_tile(_: None, chunk: tuple) -> tuple[None, Running]:
             *hidden, running = chunk
             student, teacher, _slope = _tile(options, models, hidden, blocks)
             return None, _absorb(options, running, student, teacher, columns)
@@ -157,30 +131,11 @@ def _statistics(options: _Options, models: _Models) -> _Running:
 
     zeros = _zeros(models)
     softmax, directions = tiles.start_softmax(zeros), DIRECTIONS.get(options.kind, ())
-    start = _Running(softmax, softmax, (zeros,) * len(directions))
+    start = Running(softmax, softmax, (zeros,) * len(directions))
     running, _ = lax.scan(take_block, start, jnp.arange(options.tiling.num_blocks))
-    return running if options.axis_name is None else _over_devices(options, running)
-
-
-def _over_devices(options: _Options, running: _Running) -> _Running:
-    """Statistics of the columns of all devices. One without any has a total of 0."""
-
-    def together(softmax: tiles.OnlineSoftmax) -> tuple[tiles.OnlineSoftmax, jax.Array]:
-        maximum = lax.pmax(softmax.maximum, options.axis_name)
-        shift = softmax.maximum - maximum
-        total = lax.psum(softmax.total * jnp.exp(shift), options.axis_name)
-        return tiles.OnlineSoftmax(maximum, total), shift
-
-    student, student_shift = together(running.student)
-    teacher, teacher_shift = together(running.teacher)
-    differences = []
-    for forward, own in zip(DIRECTIONS.get(options.kind, ()), running.differences, strict=True):
-        p_total, p_shift, q_shift = running.teacher.total, teacher_shift, student_shift
-        if not forward:
-            p_total, p_shift, q_shift = running.student.total, q_shift, p_shift
-        moved = jnp.exp(p_shift) * (own + p_total * (p_shift - q_shift))
-        differences.append(lax.psum(moved, options.axis_name))
-    return _Running(student, teacher, tuple(differences))
+    if options.axis_name is None:
+        return running
+    return over_devices(options.kind, running, options.axis_name)
 
 
 def _columns(options: _Options, models: _Models, index: jax.Array) -> tiles.Block:
@@ -229,11 +184,11 @@ def _tile(
 
 def _absorb(
     options: _Options,
-    running: _Running,
+    running: Running,
     student_logits: jax.Array,
     teacher_logits: jax.Array,
     columns: tiles.Block,
-) -> _Running:
+) -> Running:
     """Statistics after one more tile; `running` is that of its chunk, [C]."""
     valid = columns.valid[None, :]
     student, of_student, student_shift = tiles.absorb(
@@ -252,7 +207,7 @@ def _absorb(
         terms = jnp.where(valid, jnp.exp(p) * (p - q), 0.0)
         moved = before + p_total * (p_shift - q_shift)
         differences.append(jnp.exp(p_shift) * moved + jnp.sum(terms, axis=-1))
-    return _Running(student, teacher, tuple(differences))
+    return Running(student, teacher, tuple(differences))
 
 
 def _second_sweep(
@@ -285,13 +240,13 @@ def _second_sweep(
     return totals if options.axis_name is None else lax.psum(totals, options.axis_name)
 
 
-def _forward(options: _Options, models: _Models) -> tuple[jax.Array, tuple[_Models, _Sums]]:
+def _forward(options: _Options, models: _Models) -> tuple[jax.Array, tuple[_Models, Sums]]:
     divergence, sums = _divergence_and_sums(options, models)
     return divergence, (models, sums)
 
 
 def _backward(
-    options: _Options, residuals: tuple[_Models, _Sums], cotangent: jax.Array
+    options: _Options, residuals: tuple[_Models, Sums], cotangent: jax.Array
 ) -> tuple[_Models]:
     """Gradients of the student; the one nobody asks for is dead code to the compiler."""
     original, sums = residuals
@@ -331,7 +286,7 @@ def _logits_gradient(
     options: _Options,
     student_logits: jax.Array,
     teacher_logits: jax.Array,
-    sums: _Sums,
+    sums: Sums,
     share: jax.Array,
 ) -> jax.Array:
     log_q = student_logits - sums.student[:, None]

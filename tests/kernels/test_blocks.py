@@ -1,54 +1,102 @@
-"""Blocks of the TPU kernels: what the hardware can hold, within the budget, for any shape."""
+"""Tiles of the fused heads' kernels: what the hardware can hold, within the budget."""
 
 import itertools
 
 import pytest
-from jaxdistill.kernels import blocks
+from jaxdistill.kernels import ImplementationError, blocks, compiling_for, generation
+from jaxdistill.kernels.blocks import FORWARD, HEAD_GRADIENT, HIDDEN_GRADIENT, Sizes, Sweep, Tile
 
-SWEEPS = ("forward", "hidden_gradient", "head_gradient", "all")
-
-
-@pytest.mark.parametrize("sweep", SWEEPS)
-def test_blocks_are_whole_registers_within_the_budget(sweep: blocks.Sweep) -> None:
-    shapes = itertools.product((0, 1, 100, 8192), (1, 129, 151936), ((8,), (576,), (2048, 1024)))
-    for num_tokens, vocab_size, widths in shapes:
-        for itemsize in (2, 4):
-            found = blocks.plan(num_tokens, vocab_size, widths, itemsize, sweep=sweep)
-            assert found.tokens % 16 == found.vocab % 128 == 0
-            assert found.tokens <= max(num_tokens + 15, 16)
-            assert found.vocab <= vocab_size + 127
-            assert blocks.vmem_of(found, widths, itemsize, sweep) <= blocks.BUDGET_BYTES
+SWEEPS = (FORWARD, HIDDEN_GRADIENT, HEAD_GRADIENT)
+GENERATIONS = tuple(generation.PHYSICAL_VMEM_BYTES)
+each_sweep = pytest.mark.parametrize("sweep", SWEEPS, ids=lambda x: x.name)
+each_generation = pytest.mark.parametrize("name", GENERATIONS)
 
 
-def test_more_vmem_moves_fewer_bytes() -> None:
-    """A sweep through the vocabulary reads the head once a block of tokens."""
-    sizes = [
-        blocks.plan(8192, 151936, (4096,), 2, budget * blocks.MIB, "forward").tokens
-        for budget in (6, 12, 24, 48)
-    ]
-    assert sizes == sorted(set(sizes))
+def choose(sweep: Sweep, sizes: Sizes) -> Tile:
+    return blocks.choose_tile("linear_cross_entropy", sweep, sizes)
 
 
-def test_each_sweep_has_the_long_side_where_it_saves_reading() -> None:
-    forward, hidden, head = (
-        blocks.plan(8192, 128256, (1024,), 2, sweep=sweep) for sweep in SWEEPS[:3]
-    )
-    assert forward.tokens > forward.vocab
-    assert forward.tokens >= hidden.tokens  # no accumulator takes its room
-    assert head.vocab > head.tokens
+@each_sweep
+def test_tiles_are_whole_registers_within_the_budget(sweep: Sweep) -> None:
+    widths = (8,), (576,), (2048, 1024), (2048, 4096)
+    shapes = itertools.product((1, 100, 8192), (1, 129, 151936), widths, (2, 4))
+    for num_tokens, vocab_size, widths, itemsize in shapes:
+        sizes = Sizes(num_tokens, vocab_size, widths, itemsize)
+        tile = choose(sweep, sizes)
+        assert tile.tokens % 16 == tile.vocab % 128 == 0
+        assert tile.tokens <= max(num_tokens + 15, 16)
+        assert tile.vocab <= vocab_size + 127
+        assert tile.parts == 1 or all(width % (128 * tile.parts) == 0 for width in widths)
+        assert blocks.vmem_of(sweep, tile, sizes) <= blocks.budget()
+
+
+def test_a_width_that_registers_do_not_divide_is_whole() -> None:
+    assert choose(HEAD_GRADIENT, Sizes(8192, 49152, (576, 576), 2)).parts == 1
+
+
+@each_sweep
+def test_chunks_that_were_given_stay(sweep: Sweep) -> None:
+    assert choose(sweep, Sizes(8192, 151936, (2048,), 2, (128, 256)))[:2] == (128, 256)
+
+
+@each_generation
+def test_multiplying_takes_longer_than_reading(name: str) -> None:
+    """Where there is VMEM enough: so the kernel runs at the speed of the matrix unit."""
+    sizes = Sizes(8192, 151936, (2048,), 2)
+    with compiling_for(name):
+        for sweep in SWEEPS:
+            tile, speed = choose(sweep, sizes), generation.speed()
+            rows = tile.tokens if sweep.over == "vocabulary" else tile.vocab
+            products = 1 if sweep is FORWARD else 2
+            if name != "v4":
+                assert tile.parts == 1
+                assert products * rows >= speed.operations / speed.bytes
+
+
+@each_generation
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", [8192, 16384])
+def test_wide_models_are_served_in_parts(width: int, itemsize: int, name: str) -> None:
+    """Llama-3-70B's width and twice that; the head's gradient sums 128 columns at least."""
+    with compiling_for(name):
+        tiles = [choose(sweep, Sizes(8192, 128256, (width,), itemsize)) for sweep in SWEEPS]
+    assert name != "v4" or width == 8192 or tiles[-1].parts > 1
+
+
+def test_more_vmem_takes_less_time() -> None:
+    sizes = Sizes(8192, 151936, (4096,), 2)
+    seconds = []
+    for name in ("v4", "v5e"):
+        with compiling_for(name):
+            tile = choose(FORWARD, sizes)
+        with compiling_for("v5e"):
+            seconds.append(blocks.seconds_of(FORWARD, tile, sizes))
+    assert seconds[1] < seconds[0]
+
+
+def test_a_sum_takes_room_from_its_block() -> None:
+    sizes = Sizes(8192, 128256, (2048,), 2)
+    forward, hidden, head = (choose(sweep, sizes) for sweep in SWEEPS)
+    assert forward.tokens > hidden.tokens
+    assert forward.vocab > head.vocab
 
 
 def test_what_cannot_fit_is_refused() -> None:
-    message = "blocks must fit 1048576 bytes of VMEM, but the smallest of widths \\(4096,\\) take"
-    with pytest.raises(ValueError, match=message):
-        blocks.plan(8192, 128256, (4096,), 2, blocks.MIB)
+    message = (
+        "implementation 'pallas' of linear_cross_entropy cannot fit widths 20000 in blocks of "
+        f"16 tokens and 128 columns into {12 * 2**20} bytes of VMEM: choose 'xla'"
+    )
+    with pytest.raises(ImplementationError, match=message):
+        choose(HEAD_GRADIENT, Sizes(8192, 128256, (20000,), 2))
 
 
 def test_a_gradient_needs_its_sum_and_twice_its_output() -> None:
-    """In float32 and in the operand's type, for the side it belongs to."""
-    pair, widths = blocks.Blocks(256, 128), (2048,)
-    forward, hidden, head, both = (blocks.vmem_of(pair, widths, 2, sweep) for sweep in SWEEPS)
-    assert hidden - forward == 256 * 2048 * (4 + 2 * 2)
-    assert head - forward == 128 * 2048 * (4 + 2 * 2)
-    assert both == max(hidden, head)
+    """The sum in float32 and whole, the output in the operand's type and by parts."""
+    sizes, tile = Sizes(8192, 151936, (2048,), 2), Tile(256, 128, 1)
+    forward, hidden, head = (blocks.vmem_of(sweep, tile, sizes) for sweep in SWEEPS)
+    product = 4 * blocks.WIDTH_PART
+    assert hidden - forward == 256 * (2048 * (4 + 2 * 2) + product)
+    assert head - forward == 128 * (2048 * (4 + 2 * 2) + product)
     assert forward >= 2 * 2 * 2048 * (256 + 128) + 4 * 256 * 128
+    forward, hidden, _ = (blocks.vmem_of(s, tile._replace(parts=2), sizes) for s in SWEEPS)
+    assert hidden - forward == 256 * (2048 * (4 + 2) + product)

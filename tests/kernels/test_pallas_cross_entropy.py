@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jaxdistill.kernels import ImplementationError, dispatch, linear_cross_entropy, on_tpu
+from jaxdistill.kernels import ImplementationError, blocks, dispatch, linear_cross_entropy, on_tpu
 
 from tests.kernels import matrix, oracle
 
@@ -115,6 +115,33 @@ def test_wide_states_are_summed_in_parts() -> None:
             np.testing.assert_allclose(gradient, true, atol=2e-5)
 
 
+@pytest.mark.parametrize("layout", ["vd", "dv"])
+def test_wide_states_are_read_in_parts(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Width 384 in three parts, which VMEM would not ask for; columns past 290 hold NaN."""
+    monkeypatch.setattr(blocks, "seconds_of", lambda _sweep, tile, _sizes: -tile.parts)
+    on_tpu.INTERPRET.set(pltpu.InterpretParams(**MEMORY, detect_races=True))
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(39, 384)).astype(np.float32) / 20
+    head, labels = rng.normal(size=(300, 384)).astype(np.float32), rng.integers(0, 290, 39)
+    head[290:] = np.nan
+
+    def outputs(hidden: jax.Array, head: jax.Array) -> tuple:
+        head = head if layout == "vd" else head.T
+        options = CHUNKS | {"head_layout": layout, "with_entropy": True, "vocab_size": 290}
+        return tuple(linear_cross_entropy(hidden, head, labels, **options))
+
+    cotangents = rng.normal(size=(3, 39))
+    found, pull = jax.vjp(jax.jit(outputs), hidden, head)
+    gradients = pull(tuple(jnp.asarray(cotangents, jnp.float32)))
+    wide = hidden.astype(np.float64), head[:290].astype(np.float64)
+    true, true_gradients = oracle.cross_entropy(*wide, labels, tuple(cotangents))
+    for actual, expected in zip(found, true, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=3e-6)
+    np.testing.assert_allclose(gradients[0], true_gradients[0], atol=1e-5)
+    np.testing.assert_allclose(gradients[1][:290], true_gradients[1], atol=1e-5)
+    np.testing.assert_array_equal(gradients[1][290:], 0)
+
+
 @pytest.mark.parametrize(("vocabulary", "width"), [(384, 8), (20, 128)])
 @pytest.mark.parametrize("layout", ["vd", "dv"])
 def test_a_head_may_be_read_transposed(layout: str, vocabulary: int, width: int) -> None:
@@ -172,7 +199,7 @@ def test_sizes_it_cannot_hold_are_refused(change: dict, message: str) -> None:
 def test_a_width_beyond_vmem_is_refused() -> None:
     hidden, head = np.ones((1, 20000), np.float32), np.ones((2, 20000), np.float32)
     with pytest.raises(
-        ImplementationError, match="cannot serve width 20000 in float32: blocks must"
+        ImplementationError, match="cannot fit widths 20000 in blocks of 16 tokens and 128 columns"
     ):
         linear_cross_entropy(hidden, head, np.zeros(1, int), implementation="pallas")
 
@@ -220,4 +247,5 @@ def test_it_is_lowered_for_a_tpu_where_there_is_none() -> None:
     function = jax.jit(jax.grad(total, argnums=(0, 1)))
     text = function.trace(HIDDEN, HEAD).lower(lowering_platforms=("tpu",)).as_text()
     names = re.findall(r"kernel_name = \"(\w+)\"", text)
-    assert names == ["forward_kernel", "hidden_gradient_kernel", "head_gradient_kernel"]
+    sweeps = "forward", "hidden_gradient", "head_gradient"
+    assert names == [f"linear_cross_entropy_{sweep}" for sweep in sweeps]

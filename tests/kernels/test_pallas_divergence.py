@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxdistill.kernels import ImplementationError, linear_divergence, on_tpu
-from jaxdistill.kernels.linear_divergence import kinds, pallas_tile
+from jaxdistill.kernels import ImplementationError, blocks, linear_divergence, on_tpu
+from jaxdistill.kernels.linear_divergence import kinds
 
 from tests.kernels import ahead_of_time, matrix, oracle, test_matrix
 from tests.kernels.test_linear_divergence import KINDS, each_kind
@@ -109,7 +109,7 @@ def assert_equals_oracle(kind: str, values: jax.Array, gradients: tuple) -> None
 
 def prefer_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the width, which only large models need, into as many parts as there are: two."""
-    monkeypatch.setattr(pallas_tile, "_moved", lambda _sweep, tile, _sizes: -tile.parts)
+    monkeypatch.setattr(blocks, "seconds_of", lambda _sweep, tile, _sizes: -tile.parts)
 
 
 def layouts_and_parts(*by_default: tuple[str, int]) -> pytest.MarkDecorator:
@@ -251,17 +251,6 @@ def test_says_what_it_cannot_serve(change: dict, message: str) -> None:
     function = functools.partial(linear_divergence, **options)
     with pytest.raises(ImplementationError, match=re.escape(message)):
         jax.eval_shape(function, *student, *teacher)
-
-
-def test_tile_holds_its_budget_and_parts_divide_both_widths() -> None:
-    sizes = pallas_tile.Sizes(8192, 151_936, (2048, 4096), 2, (None, None))
-    for sweep in (pallas_tile.FORWARD, pallas_tile.HIDDEN_GRADIENT, pallas_tile.HEAD_GRADIENT):
-        tile = pallas_tile.choose_tile(sweep, sizes)
-        assert tile.tokens % 16 == tile.vocab % 128 == 0
-        assert 2048 % (128 * tile.parts) == 0
-        given = pallas_tile.choose_tile(sweep, sizes._replace(chunks=(128, 256)))
-        assert given[:2] == (128, 256)
-    assert pallas_tile.choose_tile(sweep, sizes._replace(widths=(576, 576))).parts == 1
 
 
 # Tokens, widths of student and teacher, vocabulary.

@@ -67,7 +67,5 @@ def test_a_program_has_so_much_time() -> None:
 
 def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead_of_time, "is_available", lambda: False)
-    with pytest.raises(
-        ModuleNotFoundError, match="libtpu must be installed .*: pip install libtpu"
-    ):
+    with pytest.raises(ModuleNotFoundError, match="libtpu must be installed to compile for a TPU"):
         ahead_of_time.compile_all("v5e", [])
