@@ -78,6 +78,10 @@ class Place(NamedTuple):
         """Whether this point completes the sum."""
         return (self.inner == self.last_inner) & (self.step == self.last_step)
 
+    def limit(self, operands: Operands) -> Any:
+        """How many columns count: a number where the program knows it, else read from memory."""
+        return self.layout.vocab_size if self.layout.all_count else operands.limit[0, 0]
+
     def columns(self, shape: tuple[int, ...], vocab_axis: int = 1) -> jax.Array:
         """The column of the head that each entry of a block belongs to."""
         first = self.vocab_block * self.tile.vocab

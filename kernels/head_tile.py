@@ -26,15 +26,16 @@ def statistics(
 ) -> jax.Array:
     """Columns [N, output] of `kernel(place, operands, per_token, output, raw, running)`.
 
-    `raw` are the raw logits of each model, `running` columns [tokens, 1]; both stay in VMEM.
+    `raw` are the raw logits of each model, `running` sums [tokens, LANES]; both stay in VMEM.
     """
 
     def body(place: Place, operands: Operands, per_token: Any, output: Any, scratch: Any) -> None:
-        raw, columns = scratch[: len(operands.models)], scratch[len(operands.models) :]
-        kernel(place, operands, per_token, output, raw, columns)
+        raw, sums = scratch[: len(operands.models)], scratch[len(operands.models) :]
+        kernel(place, operands, per_token, output, raw, sums)
 
     def scratch(tile: Tile) -> list[Any]:
-        return [*_raw(tile, operands), *[pltpu.VMEM((tile.tokens, 1), jnp.float32)] * running]
+        sums = pltpu.VMEM((tile.tokens, blocks.LANES), jnp.float32)
+        return [*_raw(tile, operands), *[sums] * running]
 
     return head_grid.call(body, sweep, layout, operands, per_token, output=output, scratch=scratch)
 
@@ -99,12 +100,35 @@ def add_logits(place: Place, operands: Operands, raw: Sequence[Any]) -> None:
                 logits[...] += part(model, axis)
 
 
-def row_max(values: jax.Array) -> jax.Array:
-    return jnp.max(values, axis=1, keepdims=True)
+# A sum over the columns of a tile is kept for each lane apart, [tokens, LANES]: adding registers is
+# what the unit does best, adding the lanes of one what it does worst. The last step does that once.
 
 
-def row_sum(values: jax.Array) -> jax.Array:
-    return jnp.sum(values, axis=1, keepdims=True)
+def lane_max(values: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.maximum, _registers(values))
+
+
+def lane_sum(values: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.add, _registers(values))
+
+
+def spread(lanes: jax.Array, columns: int) -> jax.Array:
+    """[tokens, LANES] -> [tokens, columns]: what each column's lane holds."""
+    return jnp.concatenate([lanes] * (columns // blocks.LANES), axis=1)
+
+
+def row_max(lanes: jax.Array) -> jax.Array:
+    return jnp.max(lanes, axis=1, keepdims=True)
+
+
+def row_sum(lanes: jax.Array) -> jax.Array:
+    return jnp.sum(lanes, axis=1, keepdims=True)
+
+
+def _registers(values: jax.Array) -> list[jax.Array]:
+    """[tokens, vocab] -> [tokens, LANES] each."""
+    starts = range(0, values.shape[1], blocks.LANES)
+    return [values[:, start : start + blocks.LANES] for start in starts]
 
 
 def _gradient(
@@ -148,7 +172,7 @@ def _add_to_hidden(
     """total += G @ head. Columns that do not count may hold NaN, so the head loses them too."""
     axis, vocab = place.layout.vocab_axes[0], place.tile.vocab
     head = operands.models[0].head
-    counting = operands.limit[0, 0] - place.vocab_block * vocab
+    counting = place.limit(operands) - place.vocab_block * vocab
 
     def add(masked: bool) -> None:
         for here in _slices(total.shape[2]):

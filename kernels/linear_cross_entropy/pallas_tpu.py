@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jaxdistill.kernels import head_grid, head_tile, tiles
 from jaxdistill.kernels.blocks import FORWARD
 from jaxdistill.kernels.head_grid import Layout, Operands, Place
-from jaxdistill.kernels.head_tile import row_max, row_sum
+from jaxdistill.kernels.head_tile import lane_max, lane_sum, row_max, row_sum, spread
 
 Outputs = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -127,7 +127,7 @@ def _tile(options: _Options, place: Place, operands: Operands, raw: Any) -> _Til
     (temperature,) = operands.scalars
     logits, slope = tiles.scaled(raw[...], temperature[0, 0], options.soft_cap)
     columns = place.columns(logits.shape)
-    return _Tile(logits, slope, columns, columns < operands.limit[0, 0])
+    return _Tile(logits, slope, columns, columns < place.limit(operands))
 
 
 def _statistics(
@@ -157,24 +157,27 @@ def _statistics(
     def _() -> None:
         tile = _tile(options, place, operands, raw[0])
         logits = jnp.where(tile.valid, tile.logits, -jnp.inf)
-        new = jnp.maximum(maximum[...], row_max(logits))
-        shift, centred = maximum[...] - new, logits - new
+        new = jnp.maximum(maximum[...], lane_max(logits))
+        shift, centred = maximum[...] - new, logits - spread(new, logits.shape[1])
         decay, terms = jnp.exp(shift), jnp.exp(centred)
         if options.with_entropy:
             moments = jnp.where(tile.valid, terms * centred, 0.0)
-            moment[...] = decay * (moment[...] + total[...] * shift) + row_sum(moments)
-        total[...] = decay * total[...] + row_sum(terms)
+            moment[...] = decay * (moment[...] + total[...] * shift) + lane_sum(moments)
+        total[...] = decay * total[...] + lane_sum(terms)
         maximum[...] = new
         is_label = tile.valid & (tile.columns == per_token[0][...])
-        label_logit[...] += row_sum(jnp.where(is_label, logits, 0.0))
+        label_logit[...] += lane_sum(jnp.where(is_label, logits, 0.0))
 
     @pl.when(place.last())
     def _() -> None:
-        log_total = jnp.log(total[...])
-        entropy = jnp.where(total[...] != 0, log_total - moment[...] / total[...], 0.0)
-        output[:, 0:1] = label_logit[...]
-        output[:, 1:2] = maximum[...] + log_total
-        output[:, 2:3] = entropy
+        largest = row_max(maximum[...])
+        shift = maximum[...] - largest
+        decay = jnp.exp(shift)
+        every = row_sum(decay * total[...])
+        moments = row_sum(decay * (moment[...] + total[...] * shift))
+        output[:, 0:1] = row_sum(label_logit[...])
+        output[:, 1:2] = largest + jnp.log(every)
+        output[:, 2:3] = jnp.where(every != 0, jnp.log(every) - moments / every, 0.0)
 
 
 def _logits_gradient(

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jaxdistill.kernels import head_grid, head_tile, tiles
 from jaxdistill.kernels.blocks import FORWARD, SECOND_FORWARD
 from jaxdistill.kernels.head_grid import Layout, Operands, Place
-from jaxdistill.kernels.head_tile import row_max, row_sum
+from jaxdistill.kernels.head_tile import lane_max, lane_sum, row_max, row_sum, spread
 from jaxdistill.kernels.linear_divergence import kinds
 from jaxdistill.kernels.linear_divergence.statistics import (
     DIRECTIONS,
@@ -33,6 +33,7 @@ from jaxdistill.kernels.linear_divergence.statistics import (
     of_kl,
     over_devices,
     own_columns,
+    together,
 )
 
 
@@ -175,9 +176,13 @@ def _statistics(
                 p, q = q, p
             terms = jnp.where(valid, jnp.exp(p.centred) * (p.centred - q.centred), 0.0)
             moved = difference[...] + p_total * (p.shift - q.shift)
-            difference[...] = jnp.exp(p.shift) * moved + row_sum(terms)
+            difference[...] = jnp.exp(p.shift) * moved + lane_sum(terms)
 
-    _write(place, running, output)
+    @pl.when(place.last())
+    def _() -> None:
+        softmaxes = (tiles.OnlineSoftmax(*(x[...] for x in pair)) for pair in (student, teacher))
+        lanes = Running(*softmaxes, tuple(x[...] for x in differences))
+        _write(output, jax.tree.leaves(together(options.kind, lanes, row_max, row_sum)))
 
 
 def _second_sweep(
@@ -206,16 +211,16 @@ def _second_sweep(
         valid = _valid(place, operands, student.shape)
         for total, of in zip(totals, (kinds.terms, kinds.slopes), strict=True):
             found = of(options.kind, log_q, log_p, _share(operands))
-            total[...] += row_sum(jnp.where(valid, found, 0.0))
+            total[...] += lane_sum(jnp.where(valid, found, 0.0))
 
-    _write(place, totals, output)
-
-
-def _write(place: Place, columns: Sequence[Any], output: Any) -> None:
     @pl.when(place.last())
     def _() -> None:
-        for at, column in enumerate(columns):
-            output[:, at : at + 1] = column[...]
+        _write(output, [row_sum(total[...]) for total in totals])
+
+
+def _write(output: Any, columns: Sequence[jax.Array]) -> None:
+    for at, column in enumerate(columns):
+        output[:, at : at + 1] = column
 
 
 def _logits_gradient(
@@ -254,7 +259,7 @@ def _share(operands: Operands) -> jax.Array:
 
 def _valid(place: Place, operands: Operands, shape: tuple[int, ...]) -> jax.Array:
     """Which entries of a tile belong to columns that count."""
-    return place.columns(shape) < operands.limit[0, 0]
+    return place.columns(shape) < place.limit(operands)
 
 
 class _Absorbed(NamedTuple):
@@ -263,11 +268,11 @@ class _Absorbed(NamedTuple):
 
 
 def _absorb(softmax: Sequence[Any], logits: jax.Array) -> _Absorbed:
-    """Take a tile into the running maximum m and the total sum exp(x - m)."""
+    """Take a tile into the running maximum m and the total sum exp(x - m) of each lane."""
     maximum, total = softmax
     before = maximum[...]
-    new = jnp.maximum(before, row_max(logits))
-    centred, shift = logits - new, before - new
+    new = jnp.maximum(before, lane_max(logits))
+    centred, shift = logits - spread(new, logits.shape[1]), before - new
     maximum[...] = new
-    total[...] = total[...] * jnp.exp(shift) + row_sum(jnp.exp(centred))
+    total[...] = total[...] * jnp.exp(shift) + lane_sum(jnp.exp(centred))
     return _Absorbed(centred, shift)

@@ -1,4 +1,4 @@
-"""The statistics of one sweep over the vocabulary: of devices together, and what they give.
+"""The statistics of one sweep over the vocabulary: of parts of it together, and what they give.
 
 Write KL(p||q), with (p, q) = (teacher, student) for the forward and (student, teacher) for the
 reverse. With running maxima m and totals Z of both, a sweep keeps
@@ -8,6 +8,8 @@ reverse. With running maxima m and totals Z of both, a sweep keeps
 so the terms stay near the size of the divergence however large the logits.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -42,23 +44,32 @@ def own_columns(head: jax.Array, vocab_axis: int, vocab_size: int, axis_name: st
 
 
 def over_devices(kind: str, running: Running, axis_name: str) -> Running:
-    """Statistics of the columns of all devices. One without any has a total of 0."""
+    """Statistics of the columns of all devices."""
+    largest, summed = (functools.partial(x, axis_name=axis_name) for x in (lax.pmax, lax.psum))
+    return together(kind, running, largest, summed)
 
-    def together(softmax: tiles.OnlineSoftmax) -> tuple[tiles.OnlineSoftmax, jax.Array]:
-        maximum = lax.pmax(softmax.maximum, axis_name)
+
+def together(kind: str, running: Running, largest: Callable, summed: Callable) -> Running:
+    """Statistics of parts of the vocabulary, joined by maxima and sums over the parts.
+
+    A part without a column that counts has a total of 0.
+    """
+
+    def joined(softmax: tiles.OnlineSoftmax) -> tuple[tiles.OnlineSoftmax, jax.Array]:
+        maximum = largest(softmax.maximum)
         shift = softmax.maximum - maximum
-        total = lax.psum(softmax.total * jnp.exp(shift), axis_name)
+        total = summed(softmax.total * jnp.exp(shift))
         return tiles.OnlineSoftmax(maximum, total), shift
 
-    student, student_shift = together(running.student)
-    teacher, teacher_shift = together(running.teacher)
+    student, student_shift = joined(running.student)
+    teacher, teacher_shift = joined(running.teacher)
     differences = []
     for forward, own in zip(DIRECTIONS.get(kind, ()), running.differences, strict=True):
         p_total, p_shift, q_shift = running.teacher.total, teacher_shift, student_shift
         if not forward:
             p_total, p_shift, q_shift = running.student.total, q_shift, p_shift
         moved = jnp.exp(p_shift) * (own + p_total * (p_shift - q_shift))
-        differences.append(lax.psum(moved, axis_name))
+        differences.append(summed(moved))
     return Running(student, teacher, tuple(differences))
 
 

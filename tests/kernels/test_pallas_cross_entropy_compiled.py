@@ -14,6 +14,8 @@ MODELS = {
     "SmolLM2-135M": (4096, 576, 49152),
     "Qwen3-1.7B": (8192, 2048, 151936),
     "Llama-3-8B": (8192, 4096, 128256),
+    "Llama-3-70B": (8192, 8192, 128256),
+    "twice as wide": (8192, 16384, 128256),
 }
 
 
@@ -88,6 +90,14 @@ def test_compiles_and_needs_a_tenth_of_the_logits(generation: str, model: str) -
     tokens, _, vocab = MODELS[model]
     temporary = compile_for(generation, model)
     assert temporary <= 4 * tokens * vocab / 10, f"{temporary / 2**20:.0f} MiB"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ["v4", "v5e"])
+def test_compiles_for_a_tpu_it_was_not_told_of(generation: str) -> None:
+    """In the 16 MiB of VMEM that every core gives unasked."""
+    tokens, _, vocab = MODELS["Qwen3-1.7B"]
+    assert compile_for(generation, "Qwen3-1.7B", known=False) <= 4 * tokens * vocab / 10
 
 
 @pytest.mark.slow
