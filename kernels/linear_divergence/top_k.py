@@ -131,6 +131,7 @@ def of_log_probs(
     """
     log_p = lax.stop_gradient(log_p)
     used = counts = log_p > -jnp.inf
+    unknown = used & jnp.isnan(log_q)
     log_mass = jax.nn.logsumexp(log_p, axis=-1)
     if tail == "renormalise":
         log_p = log_p - log_mass[..., None]
@@ -140,14 +141,28 @@ def of_log_probs(
         log_p_rest = jnp.log(-jnp.expm1(jnp.minimum(log_mass, 0.0)))
         if kind != "forward_kl":
             log_p_rest = jnp.maximum(log_p_rest, LEAST_LOG_REST)
-        known = (log_p_rest != -jnp.inf) & (log_q_rest != -jnp.inf)
-        log_q, log_p, counts = (
-            jnp.concatenate([of_ids, of_rest[..., None]], axis=-1)
-            for of_ids, of_rest in ((log_q, log_q_rest), (log_p, log_p_rest), (used, known))
-        )
+        left = log_q_rest != -jnp.inf
+        unknown = _append(unknown, jnp.isnan(log_q_rest))
+        log_q = _normalised(_append(log_q, log_q_rest), _append(used, left), unknown)
+        log_p, counts = _append(log_p, log_p_rest), _append(used, left & (log_p_rest != -jnp.inf))
     log_q, log_p = jnp.where(counts, log_q, 0.0), jnp.where(counts, log_p, 0.0)
     values = jnp.sum(jnp.where(counts, _terms(kind, log_q, log_p, share), 0.0), axis=-1)
-    return jnp.where(records.stands_twice(ids, used), jnp.nan, values)
+    bad = jnp.any(unknown, axis=-1) | records.stands_twice(ids, used)
+    return jnp.where(bad, jnp.nan, values)
+
+
+def _append(of_ids: jax.Array, of_rest: jax.Array) -> jax.Array:
+    return jnp.concatenate([of_ids, of_rest[..., None]], axis=-1)
+
+
+def _normalised(log_q: jax.Array, exists: jax.Array, unknown: jax.Array) -> jax.Array:
+    """Outcomes whose probabilities sum to 1 again.
+
+    The log-sum-exp of large logits is rounded to more than a small gradient; it cancels here, and
+    the cotangents that leave sum to 0. Positions with a NaN become numbers: what leaves is finite.
+    """
+    known = ~jnp.any(unknown, axis=-1, keepdims=True)
+    return jax.nn.log_softmax(jnp.where(known, jnp.where(exists, log_q, -jnp.inf), 0.0))
 
 
 def _terms(

@@ -221,12 +221,13 @@ def test_split_where_devices_have_no_rest(implementation: str) -> None:
 # ---- The matrix of design.md -------------------------------------------------------------------
 
 CHUNKS = {"chunk_tokens": 5, "chunk_vocab": 16, "implementation": "xla"}
-WEIGHTS = np.array([0.3, -0.2, 0.4, 0.1], np.float32)
+WEIGHTS = np.array([0.2, -0.1, 0.3, 0.1], np.float32)
 
 
 def labels_of(labels: np.ndarray, vocab_size: int) -> np.ndarray:
     """Four a token, the first twice."""
-    return (labels[..., None] + np.array([0, 7, 31, 0])) % vocab_size
+    offsets = jnp.reshape(jnp.array([0, 7, 31, 0]), (1,) * labels.ndim + (4,))
+    return (labels[..., None] + offsets) % vocab_size
 
 
 def values_of(*arrays: jax.Array) -> jax.Array:
@@ -234,17 +235,17 @@ def values_of(*arrays: jax.Array) -> jax.Array:
     several = labels_of(labels, head.shape[0])
     options = {"with_rest": True, "temperature": matrix.TEMPERATURE} | CHUNKS
     out = linear_cross_entropy(hidden, head, several, **options)
-    return out.log_prob @ WEIGHTS + 0.5 * out.rest
+    return out.log_prob @ WEIGHTS + 0.3 * out.rest
 
 
 def expected(arrays: tuple[np.ndarray, ...], weights: np.ndarray) -> tuple:
     student, _ = matrix.flat_models(arrays)
-    labels = labels_of(arrays[4].reshape(-1), len(student[1]))
-    cotangents = weights[:, None] * WEIGHTS, 0 * weights, 0 * weights, 0.5 * weights
+    labels = np.asarray(labels_of(arrays[4].reshape(-1), len(student[1])))
+    cotangents = weights[:, None] * WEIGHTS, 0 * weights, 0 * weights, 0.3 * weights
     (log_prob, _, _, rest), gradients = oracle.several_labels(
         *student, labels, cotangents, matrix.TEMPERATURE
     )
-    return log_prob @ WEIGHTS + 0.5 * rest, gradients, gradients
+    return log_prob @ WEIGHTS + 0.3 * rest, gradients, gradients
 
 
 @matrix.each_place()
@@ -255,12 +256,10 @@ def test_against_float64(vocab_size: int, dtype: jnp.dtype, place: str) -> None:
 
 def test_every_product_accumulates_in_float32() -> None:
     arrays = *matrix.make(3.0, 67, jnp.bfloat16), matrix.masks()["none"]
-    program = str(jax.make_jaxpr(functools.partial(matrix.run, values_of, None))(*arrays))
-    products = program.replace("dot_general[", "\n").split("\n")
-    assert "bf16" in program
-    types = re.findall(r"preferred_element_type=(\w+)", "\n".join(products))
+    function = functools.partial(matrix.run, values_of, None)
+    types = re.findall(r":(\w+)\[[^\]]*\] = dot_general", str(jax.make_jaxpr(function)(*arrays)))
     assert len(types) >= 4
-    assert set(types) == {"float32"}
+    assert set(types) == {"f32"}
 
 
 # ---- What it costs, and what it refuses --------------------------------------------------------
