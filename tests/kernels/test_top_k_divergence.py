@@ -24,7 +24,10 @@ IDS = np.argsort(-LOG_P, axis=-1)
 TOP = IDS[..., :K], np.take_along_axis(LOG_P, IDS, -1)[..., :K]
 COTANGENT = RNG.normal(size=SHAPE).astype(np.float32)
 CHUNKS = {"chunk_tokens": 5, "chunk_vocab": 16, "implementation": "xla"}
-each_kind = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(x, marks=() if x == "reverse_kl" else pytest.mark.slow) for x in KINDS],
+)
 
 
 def share_of(kind: str) -> float | None:
@@ -48,26 +51,21 @@ def value_and_gradients(function, *models: jax.Array) -> tuple:
 
 # ---- The matrix of design.md -------------------------------------------------------------------
 
-# By default the KLs, whose terms are the operation's own; those of `kinds.terms` are the same.
-EACH_KIND_ONCE = [
-    pytest.param(kind, marks=() if kind in ("forward_kl", "reverse_kl") else pytest.mark.slow)
-    for kind in KINDS
-]
 BOUNDED = ("jensen_shannon", "skew_reverse_kl", "total_variation")
 
 
 def records_of(labels: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Three ids a token and their log-probabilities, which leave 0.1 to the rest."""
+    """Three ids a token and their log-probabilities, which leave 3/4 to the rest."""
     offsets = np.array([0, 7, 31])
     ids = np.stack([(labels + offset) % vocab_size for offset in offsets], axis=-1)
-    return ids, np.broadcast_to(np.log(np.float32([0.2, 0.6, 0.1])), ids.shape)
+    return ids, np.broadcast_to(np.log(np.float32([0.05, 0.15, 0.05])), ids.shape)
 
 
 def values_of(kind: str, *arrays: jax.Array) -> jax.Array:
     hidden, head, _, _, labels = arrays
     offsets = (jnp.int32(0), jnp.int32(7), jnp.int32(31))
     ids = jnp.stack([(labels + offset) % head.shape[0] for offset in offsets], axis=-1)
-    log_p = jnp.broadcast_to(jnp.log(jnp.float32([0.2, 0.6, 0.1])), ids.shape)
+    log_p = jnp.broadcast_to(jnp.log(jnp.float32([0.05, 0.15, 0.05])), ids.shape)
     options = {"temperature": matrix.TEMPERATURE} | CHUNKS
     return divergence(kind, hidden, head, ids, log_p, **options)
 
@@ -95,12 +93,11 @@ def expected(kind: str, arrays: tuple[np.ndarray, ...], weights: np.ndarray) -> 
     return values, gradients, scales if kind in BOUNDED else gradients
 
 
-@matrix.each_place()
-@matrix.each_dtype
-@pytest.mark.parametrize("kind", EACH_KIND_ONCE)
-def test_against_float64(kind: str, vocab_size: int, dtype: jnp.dtype, place: str) -> None:
+@matrix.each_place_and_dtype()
+@each_kind
+def test_against_float64(kind: str, vocab_size: int, place: str, dtype: str) -> None:
     functions = (functools.partial(x, kind) for x in (values_of, expected))
-    matrix.assert_against_float64(*functions, vocab_size, dtype, place)
+    matrix.assert_against_float64(*functions, vocab_size, jnp.dtype(dtype), place)
 
 
 # ---- Identities --------------------------------------------------------------------------------
@@ -127,7 +124,7 @@ def test_more_ids_tell_more_of_it(kind: str) -> None:
     """A divergence of sums of outcomes is at most that of the outcomes."""
     function = jax.jit(functools.partial(divergence, kind, HIDDEN, HEAD))
     log_p = np.take_along_axis(LOG_P, IDS, -1)
-    values = np.stack([function(IDS[..., :k], log_p[..., :k]) for k in (1, 4, 11, VOCABULARY)])
+    values = np.stack([function(IDS[..., :k], log_p[..., :k]) for k in (1, 4, VOCABULARY)])
     assert (values[0] > 1e-4).any()
     assert (np.diff(values, axis=0) > -1e-6).all()
 
@@ -174,7 +171,8 @@ def test_a_teacher_that_leaves_no_rest(kind: str) -> None:
         for scale in (0.01, 1.0, 30.0):
             for array in jax.tree.leaves(run(np.float32(scale) * HIDDEN, HEAD, log_p)):
                 assert np.isfinite(array).all()
-        _, (_, to_head) = run(np.ones_like(HIDDEN), 0 * HEAD, log_p)
+        values, (_, to_head) = run(np.ones_like(HIDDEN), 0 * HEAD, log_p)
+        assert values.min() > 0.1
         assert np.asarray(to_head)[2:].min() > 0
 
 
