@@ -9,6 +9,7 @@ from jaxdistill.kernels.dispatch import ImplementationError
 from jaxdistill.kernels.generation import compiling_for
 from jaxdistill.kernels.linear_cross_entropy.api import LinearCrossEntropy, linear_cross_entropy
 from jaxdistill.kernels.linear_divergence.api import linear_divergence
+from jaxdistill.kernels.linear_divergence.top_k import linear_divergence_top_k
 
 __all__ = [
     "ImplementationError",
@@ -20,4 +21,5 @@ __all__ = [
     "compiling_for",
     "linear_cross_entropy",
     "linear_divergence",
+    "linear_divergence_top_k",
 ]

@@ -54,13 +54,17 @@ HEAD_GRADIENT = Sweep("head_gradient", "tokens", "hidden")
 
 
 class Sizes(NamedTuple):
-    """What the choice of a tile depends on: `chunks` are tokens and columns where given."""
+    """What the choice of a tile depends on.
+
+    chunks: tokens and columns of it where they were given. labels: how many a token has.
+    """
 
     num_tokens: int
     vocab_size: int
     widths: tuple[int, ...]
     itemsize: int
     chunks: tuple[int | None, int | None] = (None, None)
+    labels: int = 1
 
     @classmethod
     def of(
@@ -68,12 +72,13 @@ class Sizes(NamedTuple):
         models: Sequence[tuple[jax.Array, jax.Array]],
         vocab_size: int,
         chunks: tuple[int | None, int | None],
+        labels: int = 1,
     ) -> "Sizes":
         """Those of the (hidden states, head) of each model."""
         widths = tuple(hidden.shape[-1] for hidden, _ in models)
         num_tokens = max(math.prod(models[0][0].shape[:-1]), 1)
         itemsize = max(x.dtype.itemsize for model in models for x in model)
-        return cls(num_tokens, vocab_size, widths, itemsize, chunks)
+        return cls(num_tokens, vocab_size, widths, itemsize, chunks, labels)
 
 
 def check(
@@ -81,6 +86,7 @@ def check(
     models: Sequence[tuple[jax.Array, jax.Array]],
     vocab_size: int,
     chunks: tuple[int | None, int | None],
+    labels: int = 1,
 ) -> None:
     """Raise ImplementationError unless the kernels of an operation can serve these models."""
     for dtype in (x.dtype for model in models for x in model):
@@ -98,7 +104,7 @@ def check(
                 f"{name} must be a multiple of {multiple} for implementation 'pallas', but it is "
                 f"{size}: choose 'xla' for any size"
             )
-    sizes = Sizes.of(models, vocab_size, chunks)
+    sizes = Sizes.of(models, vocab_size, chunks, labels)
     for sweep in (FORWARD, HIDDEN_GRADIENT, HEAD_GRADIENT):
         choose_tile(operation, sweep, sizes)
 
@@ -157,8 +163,12 @@ def vmem_of(sweep: Sweep, tile: Tile, sizes: Sizes) -> int:
     width = _round_up(sizes.widths[0], LANES)
     of_width = 4 * width + 2 * sizes.itemsize * (width // tile.parts)  # the sum, and its output
     gradient = rows * (of_width + 4 * min(width // tile.parts, WIDTH_PART))
-    logits = 4 * LIVE_TILES * tile.tokens * tile.vocab
-    return operands + gradient + logits + TOKEN_BYTES * tile.tokens
+    logits = 4 * tile.tokens * tile.vocab
+    held = operands + gradient + LIVE_TILES * logits + TOKEN_BYTES * tile.tokens
+    if sizes.labels == 1:
+        return held
+    # A loop over labels carries a tile and writes another; all it does to them is as wide as they.
+    return held + 3 * logits + 4 * 12 * _round_up(sizes.labels, LANES) * tile.tokens
 
 
 def seconds_of(sweep: Sweep, tile: Tile, sizes: Sizes) -> float:

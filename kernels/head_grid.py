@@ -46,6 +46,7 @@ class Layout(NamedTuple):
     vocab_size: int  # columns that may count
     vocab_axes: tuple[int, ...]  # of each model's head
     chunks: tuple[int | None, int | None]  # tokens and columns of a block where they were given
+    labels: int  # of a token
     all_count: bool  # whether `limit` is `vocab_size`
     interpret: Any
 
@@ -97,13 +98,14 @@ def prepare(
     vocab_axis: int,
     chunks: tuple[int | None, int | None],
     num_valid: jax.Array | None,
+    labels: int = 1,
 ) -> tuple[Layout, Operands]:
     """Models with hidden states [..., D] as the kernels take them.
 
     Raises:
       ImplementationError: the kernels cannot serve them.
     """
-    blocks.check(operation, models, vocab_size, chunks)
+    blocks.check(operation, models, vocab_size, chunks, labels)
     interpret = on_tpu.INTERPRET.get()
     laid_out, vocab_axes = [], []
     for hidden, head in models:
@@ -118,7 +120,9 @@ def prepare(
     if not interpret:
         limit = on_tpu.require_tpu(limit)
     scalars = tuple(x.reshape(1, 1) for x in scalars)
-    layout = Layout(operation, vocab_size, tuple(vocab_axes), chunks, num_valid is None, interpret)
+    all_count = num_valid is None
+    axes = tuple(vocab_axes)
+    layout = Layout(operation, vocab_size, axes, chunks, labels, all_count, interpret)
     return layout, Operands(tuple(laid_out), limit.reshape(1, 1), scalars)
 
 
@@ -139,7 +143,7 @@ def call(
     """
     models = [Model(tiles.in_product_type(*x), x.head) for x in operands.models]
     tile = blocks.choose_tile(
-        layout.operation, sweep, blocks.Sizes.of(models, layout.vocab_size, layout.chunks)
+        layout.operation, sweep, blocks.Sizes.of(models, layout.vocab_size, layout.chunks, layout.labels)
     )
     num_tokens = models[0].hidden.shape[0]
     models = [Model(on_tpu.pad_rows(x.hidden, tile.tokens), x.head) for x in models]

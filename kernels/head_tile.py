@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,13 @@ def statistics(
     operands: Operands,
     per_token: Sequence[jax.Array],
     *,
-    running: int,
+    running: Sequence[int],
     output: int,
 ) -> jax.Array:
     """Columns [N, output] of `kernel(place, operands, per_token, output, raw, running)`.
 
-    `raw` are the raw logits of each model, `running` sums [tokens, LANES]; both stay in VMEM.
+    `raw` are the raw logits of each model, `running` sums [tokens, *] of these widths; both stay in
+    VMEM.
     """
 
     def body(place: Place, operands: Operands, per_token: Any, output: Any, scratch: Any) -> None:
@@ -34,8 +35,8 @@ def statistics(
         kernel(place, operands, per_token, output, raw, sums)
 
     def scratch(tile: Tile) -> list[Any]:
-        sums = pltpu.VMEM((tile.tokens, blocks.LANES), jnp.float32)
-        return [*_raw(tile, operands), *[sums] * running]
+        sums = [pltpu.VMEM((tile.tokens, width), jnp.float32) for width in running]
+        return [*_raw(tile, operands), *sums]
 
     return head_grid.call(body, sweep, layout, operands, per_token, output=output, scratch=scratch)
 
@@ -104,6 +105,21 @@ def add_logits(place: Place, operands: Operands, raw: Sequence[Any]) -> None:
 # what the unit does best, adding the lanes of one what it does worst. The last step does that once.
 
 
+class Absorbed(NamedTuple):
+    centred: jax.Array  # logits - m of their lane
+    shift: jax.Array  # m before - m
+
+
+def absorb(maximum: Any, total: Any, logits: jax.Array) -> Absorbed:
+    """Take a tile into the running maximum m and the total sum exp(x - m) of each lane."""
+    before = maximum[...]
+    new = jnp.maximum(before, lane_max(logits))
+    centred, shift = logits - _spread(new, logits.shape[1]), before - new
+    maximum[...] = new
+    total[...] = total[...] * jnp.exp(shift) + lane_sum(jnp.exp(centred))
+    return Absorbed(centred, shift)
+
+
 def lane_max(values: jax.Array) -> jax.Array:
     return functools.reduce(jnp.maximum, _registers(values))
 
@@ -112,7 +128,7 @@ def lane_sum(values: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, _registers(values))
 
 
-def spread(lanes: jax.Array, columns: int) -> jax.Array:
+def _spread(lanes: jax.Array, columns: int) -> jax.Array:
     """[tokens, LANES] -> [tokens, columns]: what each column's lane holds."""
     return jnp.concatenate([lanes] * (columns // blocks.LANES), axis=1)
 

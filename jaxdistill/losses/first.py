@@ -5,15 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxdistill.kernels.linear_divergence.records import check_distinct, check_sums, stands_twice
 from jaxdistill.losses import checks
 from jaxdistill.losses.distribution import expectation
-from jaxdistill.losses.sparse_divergence import (
-    check_distinct,
-    check_sums,
-    stands_twice,
-    topk_forward_kl,
-    values_at,
-)
+from jaxdistill.losses.sparse_divergence import topk_forward_kl, values_at
 
 
 def recalibrate_top_k(
@@ -130,10 +125,15 @@ def first(
     check_distinct(ids, np.ones(logits.shape, bool))
     if other_bucket:
         return topk_forward_kl(student_logits, ids, jnp.log(p), vocab_size=vocab_size)
+    return of_scores(logits, jnp.asarray(ids), p)
+
+
+def of_scores(scores: jax.Array, ids: jax.Array, p: jax.Array) -> jax.Array:
+    """The divergence without the bucket, of logits or log-probabilities at the ids `[..., K]`."""
     mass = jnp.sum(p, axis=-1, keepdims=True)
     log_p = lax.stop_gradient(jnp.log(p / jnp.where(mass > 0, mass, 1.0)))
-    loss = expectation(log_p, log_p - jax.nn.log_softmax(logits))
-    return jnp.where(stands_twice(ids, jnp.ones(logits.shape, bool)), jnp.nan, loss)
+    loss = expectation(log_p, log_p - jax.nn.log_softmax(scores))
+    return jnp.where(stands_twice(ids, jnp.ones(ids.shape, bool)), jnp.nan, loss)
 
 
 def check_probabilities(name: str, probabilities: jax.typing.ArrayLike) -> None:

@@ -139,6 +139,16 @@ def sampled_forward_kl(
       0.6931
     """
     log_q = values_at(log_softmax("student_logits", student_logits, temperature, vocab_size), ids)
+    loss = of_log_probs(log_q, weights, teacher_log_probs)
+    return times_temperature_squared(loss, temperature, scale_by_temperature_squared)
+
+
+def of_log_probs(
+    log_q: jax.Array,
+    weights: jax.typing.ArrayLike | None,
+    teacher_log_probs: jax.typing.ArrayLike | None,
+) -> jax.Array:
+    """`sampled_forward_kl` of the student's log-probabilities at the ids, `[..., N]`."""
     if weights is None:
         weights = jnp.full(log_q.shape, 1 / log_q.shape[-1], jnp.float32)
     weights = lax.stop_gradient(checks.as_tokens("weights", weights, log_q.shape))
@@ -146,5 +156,4 @@ def sampled_forward_kl(
     if teacher_log_probs is not None:
         log_p = checks.as_tokens("teacher_log_probs", teacher_log_probs, log_q.shape)
         score += lax.stop_gradient(log_p)
-    loss = jnp.sum(weights * jnp.where(weights != 0, score, 0.0), axis=-1)
-    return times_temperature_squared(loss, temperature, scale_by_temperature_squared)
+    return jnp.sum(weights * jnp.where(weights != 0, score, 0.0), axis=-1)

@@ -280,8 +280,13 @@ def unlikelihood(
     column = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     is_label = column == jnp.asarray(labels, jnp.int32)[..., None]
     others = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+    return of_odds(of_label, others)
+
+
+def of_odds(of_label: jax.Array, of_others: jax.Array) -> jax.Array:
+    """-log(1 - p_label) from log-sums of the label and of the others, which share any constant."""
     # log(1 + p / (1 - p)) with p / (1 - p) = exp(label - others). NaN joins after the softplus,
     # whose derivative there would make the gradient NaN under every mask.
     out_of_range = jnp.isnan(of_label)
-    loss = jax.nn.softplus(jnp.where(out_of_range, 0.0, of_label - others))
+    loss = jax.nn.softplus(jnp.where(out_of_range, 0.0, of_label - of_others))
     return jnp.where(out_of_range, jnp.nan, loss)

@@ -7,18 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from jaxdistill.kernels.linear_divergence import top_k
+from jaxdistill.kernels.linear_divergence.records import check_ids, check_log_probs
 from jaxdistill.losses import checks
-from jaxdistill.losses.distribution import (
-    expectation,
-    log_softmax,
-    times_temperature_squared,
-)
-
-# What half-precision records may add to a sum of probabilities by rounding.
-ROUNDING = 0.02
+from jaxdistill.losses.distribution import log_softmax, times_temperature_squared
 
 
 class TeacherTopK(NamedTuple):
@@ -131,24 +125,16 @@ def topk_forward_kl(
       >>> print(topk_forward_kl(student, ids, log_p, tail="renormalise").round(4))  # log 4
       [1.3863]
     """
-    checks.check_option("tail", tail, ("bucket", "ignore", "renormalise"))
+    checks.check_option("tail", tail, top_k.TAILS)
     log_q = log_softmax("student_logits", student_logits, temperature, vocab_size)
     log_q_k = values_at(log_q, ids)
     log_p_k = checks.as_tokens("teacher_log_probs", teacher_log_probs, log_q_k.shape)
-    log_p_k = lax.stop_gradient(log_p_k)
     check_log_probs(ids, teacher_log_probs)
-    ids, used = jnp.asarray(ids, jnp.int32), log_p_k > -jnp.inf
-    log_mass = jax.nn.logsumexp(log_p_k, axis=-1)
-    if tail == "renormalise":
-        log_p_k = jnp.where(used, log_p_k - log_mass[..., None], -jnp.inf)
-    loss = expectation(log_p_k, log_p_k - log_q_k)
-    if tail == "bucket":
-        # A mass that rounds to 1 or more leaves the teacher nothing else.
-        log_p_rest = jnp.log(-jnp.expm1(jnp.minimum(log_mass, 0.0)))
-        log_q_rest = _log_rest(log_q, ids, used)
-        known = (log_p_rest > -jnp.inf) & (log_q_rest > -jnp.inf)
-        loss += jnp.where(known, jnp.exp(log_p_rest) * (log_p_rest - log_q_rest), 0.0)
-    loss = jnp.where(stands_twice(ids, used), jnp.nan, loss)
+    ids = jnp.asarray(ids, jnp.int32)
+    log_q_rest = _log_rest(log_q, ids, log_p_k > -jnp.inf) if tail == "bucket" else None
+    loss = top_k.of_log_probs(
+        log_q_k, log_q_rest, ids, log_p_k, kind="forward_kl", share=None, tail=tail
+    )
     return times_temperature_squared(loss, temperature, scale_by_temperature_squared)
 
 
@@ -158,54 +144,6 @@ def values_at(values: jax.Array, ids: jax.typing.ArrayLike) -> jax.Array:
     ids = jnp.asarray(ids, jnp.int32)
     index = jnp.clip(ids, 0, values.shape[-1] - 1)
     return jnp.where(index == ids, jnp.take_along_axis(values, index, axis=-1), jnp.nan)
-
-
-def check_ids(ids: jax.typing.ArrayLike, leading: tuple[int, ...], vocab_size: int) -> None:
-    """Raise ValueError unless ids are integers `[*leading, K]` in the vocabulary, where seen."""
-    if jnp.ndim(ids) < 1 or jnp.shape(ids)[-1] < 1:
-        raise ValueError(
-            f"ids must have shape [..., K] with K at least 1, but the shape is {jnp.shape(ids)}"
-        )
-    checks.check_labels("ids", ids, (*leading, jnp.shape(ids)[-1]), vocab_size)
-
-
-def check_sums(name: str, probabilities: np.ndarray) -> None:
-    """Raise ValueError if the last axis sums to more than 1 anywhere: logits, or another scale."""
-    largest = np.max(np.sum(probabilities, axis=-1, dtype=np.float64), initial=0.0)
-    if largest > 1 + ROUNDING:
-        raise ValueError(
-            f"{name} must sum to at most 1 at each position, but a sum is {largest:.4g}"
-        )
-
-
-def check_distinct(ids: jax.typing.ArrayLike, used: jax.typing.ArrayLike) -> None:
-    """Raise ValueError if a concrete id stands in two used places of a position."""
-    if not (checks.is_concrete(ids) and checks.is_concrete(used)):
-        return
-    with jax.ensure_compile_time_eval():  # they may be constants of a traced function
-        twice = jax.device_get(stands_twice(ids, used))
-    if twice.any():
-        position = tuple(int(i) for i in np.argwhere(twice)[0])
-        raise ValueError(f"ids must differ at each position, but one stands twice at {position}")
-
-
-def stands_twice(ids: jax.typing.ArrayLike, used: jax.typing.ArrayLike) -> jax.Array:
-    """Whether an id stands in two used places of a position, `[..., K]` -> `[...]`."""
-    ids = jnp.asarray(ids, jnp.int32)
-    place = lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
-    ordered = jnp.sort(jnp.where(used, ids, -1 - place), axis=-1)
-    return jnp.any(ordered[..., 1:] == ordered[..., :-1], axis=-1)
-
-
-def check_log_probs(ids: jax.typing.ArrayLike, log_probs: jax.typing.ArrayLike) -> None:
-    """Raise ValueError for concrete records that are no part of a distribution."""
-    if not checks.is_concrete(log_probs):
-        return
-    with jax.ensure_compile_time_eval():
-        numbers = jax.device_get(jnp.asarray(log_probs).astype(jnp.float32))
-    with np.errstate(over="ignore"):
-        check_sums("exp(teacher_log_probs)", np.exp(numbers))
-    check_distinct(ids, numbers > -np.inf)
 
 
 def _log_rest(log_q: jax.Array, ids: jax.Array, used: jax.Array) -> jax.Array:

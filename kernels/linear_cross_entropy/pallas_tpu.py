@@ -19,16 +19,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxdistill.kernels import head_grid, head_tile, tiles
-from jaxdistill.kernels.blocks import FORWARD
+from jaxdistill.kernels.blocks import FORWARD, LANES
 from jaxdistill.kernels.head_grid import Layout, Operands, Place
-from jaxdistill.kernels.head_tile import lane_max, lane_sum, row_max, row_sum, spread
+from jaxdistill.kernels.head_tile import lane_sum, row_max, row_sum
+from jaxdistill.kernels.linear_cross_entropy import pallas_labels
 
-Outputs = tuple[jax.Array, jax.Array, jax.Array]
+Outputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 class _Options(NamedTuple):
     soft_cap: float | None
     with_entropy: bool
+    with_rest: bool
     layout: Layout
 
 
@@ -37,6 +39,7 @@ class _Residuals(NamedTuple):
     labels: jax.Array
     log_sum_exp: jax.Array
     entropy: jax.Array
+    rest: jax.Array
 
 
 def linear_cross_entropy(
@@ -48,12 +51,15 @@ def linear_cross_entropy(
     vocab_size: int,
     soft_cap: float | None,
     with_entropy: bool,
+    with_rest: bool,
     vocab_axis: int,
     chunk_tokens: int | None,
     chunk_vocab: int | None,
     num_valid: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Log-prob, log-sum-exp and entropy `[...]`; of [tokens, vocabulary] nothing leaves VMEM.
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """Log-prob of labels `[..., K]`, log-sum-exp, entropy and the log-sum-exp of the rest, `[...]`.
+
+    Of [tokens, vocabulary] nothing leaves VMEM.
 
     Raises:
       ImplementationError: an argument the kernels cannot serve.
@@ -66,48 +72,62 @@ def linear_cross_entropy(
         vocab_axis=vocab_axis,
         chunks=(chunk_tokens, chunk_vocab),
         num_valid=num_valid,
+        labels=labels.shape[-1],
     )
-    leaves, structure = jax.tree.flatten((operands, labels.reshape(-1, 1)))
-    operands, column = jax.tree.unflatten(structure, tiles.vary_alike(*leaves))
-    outputs = _flat(_Options(soft_cap, with_entropy, layout), operands, column)
-    log_prob, log_sum_exp, entropy = (x.reshape(labels.shape) for x in outputs)
-    return log_prob, log_sum_exp, entropy if with_entropy else None
+    several = labels.reshape(-1, labels.shape[-1])
+    order = jnp.argsort(several, axis=-1)
+    leaves, structure = jax.tree.flatten((operands, jnp.take_along_axis(several, order, axis=-1)))
+    operands, in_order = jax.tree.unflatten(structure, tiles.vary_alike(*leaves))
+    options = _Options(soft_cap, with_entropy, with_rest, layout)
+    log_prob, *sums = _flat(options, operands, in_order)
+    log_prob = jnp.take_along_axis(log_prob, jnp.argsort(order, axis=-1), axis=-1)
+    log_sum_exp, entropy, rest = (x.reshape(labels.shape[:-1]) for x in sums)
+    wanted = entropy if with_entropy else None, rest if with_rest else None
+    return log_prob.reshape(labels.shape), log_sum_exp, *wanted
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flat(options: _Options, operands: Operands, labels: jax.Array) -> Outputs:
-    """Labels [N, 1] -> log-prob, log-sum-exp, entropy, [N] each."""
+    """Sorted labels [N, K] -> log-prob [N, K]; log-sum-exp, entropy, that of the rest, [N] each."""
     return _forward(options, operands, labels)[0]
 
 
 def _forward(
     options: _Options, operands: Operands, labels: jax.Array
 ) -> tuple[Outputs, _Residuals]:
+    num_labels = labels.shape[1]
     statistics = head_tile.statistics(
         functools.partial(_statistics, options),
         FORWARD,
         options.layout,
         operands,
         (labels,),
-        running=4,
-        output=3,
+        running=[LANES] * 5 + [LANES if num_labels == 1 else num_labels],
+        output=3 + num_labels,
     )
-    label_logit, log_sum_exp, entropy = (statistics[:, i] for i in range(3))
+    log_sum_exp, entropy, rest = (statistics[:, i] for i in range(3))
     exists = (labels >= 0) & (labels < operands.limit)
-    log_prob = jnp.where(exists[:, 0], label_logit - log_sum_exp, jnp.nan)
-    return (log_prob, log_sum_exp, entropy), _Residuals(operands, labels, log_sum_exp, entropy)
+    log_prob = jnp.where(exists, statistics[:, 3:] - log_sum_exp[:, None], jnp.nan)
+    outputs = log_prob, log_sum_exp, entropy, rest
+    return outputs, _Residuals(operands, labels, *outputs[1:])
 
 
 def _backward(
     options: _Options, residuals: _Residuals, cotangents: Outputs
 ) -> tuple[Operands, None]:
     """Gradients of hidden and head; the kernel of one nobody asks for is dead code."""
-    operands, labels, log_sum_exp, entropy = residuals
-    to_log_prob, to_log_sum_exp, to_entropy = cotangents
-    weight = to_log_sum_exp - to_log_prob
-    numbers = jnp.stack([log_sum_exp, entropy, weight, to_log_prob, to_entropy], axis=-1)
-    logits_gradient = functools.partial(_logits_gradient, options)
-    return head_tile.gradients(logits_gradient, options.layout, operands, (labels, numbers)), None
+    operands, labels, log_sum_exp, entropy, rest = residuals
+    to_log_prob, to_log_sum_exp, to_entropy, to_rest = cotangents
+    weight = to_log_sum_exp - jnp.sum(to_log_prob, axis=-1)
+    # Where no column is left the logits are -inf as their sum is: the difference would be NaN.
+    rest = jnp.where(rest != -jnp.inf, rest, 0.0)
+    numbers = jnp.stack([log_sum_exp, entropy, rest, weight, to_entropy, to_rest], axis=-1)
+    return head_tile.gradients(
+        functools.partial(_logits_gradient, options),
+        options.layout,
+        operands,
+        (labels, to_log_prob, numbers),
+    ), None
 
 
 _flat.defvjp(_forward, _backward)
@@ -123,11 +143,12 @@ class _Tile(NamedTuple):
 
 
 def _tile(options: _Options, place: Place, operands: Operands, raw: Any) -> _Tile:
-    """The tile at this place; columns that do not count hold anything."""
+    """The tile at this place; the logits of columns that do not count are -inf."""
     (temperature,) = operands.scalars
     logits, slope = tiles.scaled(raw[...], temperature[0, 0], options.soft_cap)
     columns = place.columns(logits.shape)
-    return _Tile(logits, slope, columns, columns < place.limit(operands))
+    valid = columns < place.limit(operands)
+    return _Tile(jnp.where(valid, logits, -jnp.inf), slope, columns, valid)
 
 
 def _statistics(
@@ -139,16 +160,17 @@ def _statistics(
     raw: Sequence[Any],
     running: Sequence[Any],
 ) -> None:
-    """The label's logit, the log-sum-exp and the entropy.
+    """The log-sum-exp, the entropy, the log-sum-exp of the rest, and the labels' logits.
 
     m' = max(m, x);  total and moment = sum e^(x - m) (x - m) move along with m.
     """
-    maximum, total, moment, label_logit = running
+    maximum, total, moment, rest_maximum, rest_total, picked = running
 
     @pl.when(place.first())
     def _() -> None:
-        maximum[...] = jnp.full_like(maximum, tiles.LOWEST)
-        for zero in (total, moment, label_logit):
+        for lowest in (maximum, rest_maximum):
+            lowest[...] = jnp.full_like(lowest, tiles.LOWEST)
+        for zero in (total, moment, rest_total, picked):
             zero[...] = jnp.zeros_like(zero)
 
     head_tile.add_logits(place, operands, raw)
@@ -156,28 +178,56 @@ def _statistics(
     @pl.when(place.logits_complete())
     def _() -> None:
         tile = _tile(options, place, operands, raw[0])
-        logits = jnp.where(tile.valid, tile.logits, -jnp.inf)
-        new = jnp.maximum(maximum[...], lane_max(logits))
-        shift, centred = maximum[...] - new, logits - spread(new, logits.shape[1])
-        decay, terms = jnp.exp(shift), jnp.exp(centred)
+        before = total[...]
+        absorbed = head_tile.absorb(maximum, total, tile.logits)
         if options.with_entropy:
-            moments = jnp.where(tile.valid, terms * centred, 0.0)
-            moment[...] = decay * (moment[...] + total[...] * shift) + lane_sum(moments)
-        total[...] = decay * total[...] + lane_sum(terms)
-        maximum[...] = new
-        is_label = tile.valid & (tile.columns == per_token[0][...])
-        label_logit[...] += lane_sum(jnp.where(is_label, logits, 0.0))
+            terms = jnp.exp(absorbed.centred) * absorbed.centred
+            moved = moment[...] + before * absorbed.shift
+            terms = jnp.where(tile.valid, terms, 0.0)
+            moment[...] = jnp.exp(absorbed.shift) * moved + lane_sum(terms)
+        _pick(place, tile, per_token[0], picked, raw[0] if options.with_rest else None)
+        if options.with_rest:
+            head_tile.absorb(rest_maximum, rest_total, raw[0][...])
 
     @pl.when(place.last())
     def _() -> None:
-        largest = row_max(maximum[...])
-        shift = maximum[...] - largest
-        decay = jnp.exp(shift)
-        every = row_sum(decay * total[...])
-        moments = row_sum(decay * (moment[...] + total[...] * shift))
-        output[:, 0:1] = row_sum(label_logit[...])
-        output[:, 1:2] = largest + jnp.log(every)
-        output[:, 2:3] = jnp.where(every != 0, jnp.log(every) - moments / every, 0.0)
+        largest, every, moments = _joined(maximum[...], total[...], moment[...])
+        output[:, 0:1] = largest + jnp.log(every)
+        output[:, 1:2] = jnp.where(every != 0, jnp.log(every) - moments / every, 0.0)
+        largest, every, _ = _joined(rest_maximum[...], rest_total[...], rest_total[...])
+        output[:, 2:3] = largest + jnp.log(every)
+        several = per_token[0].shape[1] > 1
+        output[:, 3:] = picked[...] if several else row_sum(picked[...])
+
+
+def _joined(
+    maximum: jax.Array, total: jax.Array, moment: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Maximum, total and moment of all lanes together."""
+    largest = row_max(maximum)
+    shift = maximum - largest
+    decay = jnp.exp(shift)
+    return largest, row_sum(decay * total), row_sum(decay * (moment + total * shift))
+
+
+def _pick(place: Place, tile: _Tile, labels: Any, picked: Any, rest: Any) -> None:
+    """Add the logits of the labels in this tile to `picked`, and write the others to `rest`."""
+    if labels.shape[1] == 1:
+        hit = tile.columns == labels[...]
+        picked[...] += lane_sum(jnp.where(hit, tile.logits, 0.0))
+        if rest is not None:
+            rest[...] = jnp.where(hit, -jnp.inf, tile.logits)
+        return
+    if rest is not None:
+        rest[...] = tile.logits
+
+    def pick(_: None, hit: jax.Array, at: jax.Array) -> None:
+        value = row_sum(jnp.where(hit, tile.logits, 0.0))
+        picked[...] += jnp.where(at, value, 0.0)
+        if rest is not None:
+            rest[...] = jnp.where(hit, -jnp.inf, rest[...])
+
+    pallas_labels.for_each(place, labels, tile.columns, pick, None)
 
 
 def _logits_gradient(
@@ -187,14 +237,40 @@ def _logits_gradient(
     per_token: Sequence[Any],
     raw: Sequence[Any],
 ) -> jax.Array:
-    """d log_prob = onehot - p;  d log_sum_exp = p;  d entropy = -p (log p + entropy)."""
-    labels, numbers = per_token
-    log_sum_exp, entropy, weight, to_log_prob, to_entropy = (
-        numbers[:, i : i + 1] for i in range(5)
+    """d log_prob_k = onehot_k - p;  d log_sum_exp = p;  d entropy = -p (log p + entropy);
+
+    d rest = exp(logits - rest) in the columns that are no label.
+    """
+    labels, to_log_prob, numbers = per_token
+    log_sum_exp, entropy, rest, weight, to_entropy, to_rest = (
+        numbers[:, i : i + 1] for i in range(6)
     )
     tile = _tile(options, place, operands, raw[0])
     log_p = jnp.where(tile.valid, tile.logits - log_sum_exp, -jnp.inf)
     if options.with_entropy:
         weight = weight - to_entropy * jnp.where(tile.valid, log_p + entropy, 0.0)
-    label = jnp.where(tile.columns == labels[...], to_log_prob, 0.0)
-    return jnp.where(tile.valid, tile.slope * (jnp.exp(log_p) * weight + label), 0.0)
+    gradient = jnp.exp(log_p) * weight
+    others = raw[0] if options.with_rest else None
+    gradient += _of_labels(place, tile, labels, to_log_prob, others)
+    if others is not None:
+        gradient += to_rest * jnp.exp(others[...] - rest)
+    return jnp.where(tile.valid, tile.slope * gradient, 0.0)
+
+
+def _of_labels(place: Place, tile: _Tile, labels: Any, to_log_prob: Any, others: Any) -> jax.Array:
+    """Cotangents of the labels in their columns; `others` becomes the logits of all the rest."""
+    if labels.shape[1] == 1:
+        hit = tile.columns == labels[...]
+        if others is not None:
+            others[...] = jnp.where(hit, -jnp.inf, tile.logits)
+        return jnp.where(hit, to_log_prob[...], 0.0)
+    if others is not None:
+        others[...] = tile.logits
+
+    def add(gradient: jax.Array, hit: jax.Array, at: jax.Array) -> jax.Array:
+        if others is not None:
+            others[...] = jnp.where(hit, -jnp.inf, others[...])
+        value = row_sum(jnp.where(at, to_log_prob[...], 0.0))
+        return gradient + jnp.where(hit, value, 0.0)
+
+    return pallas_labels.for_each(place, labels, tile.columns, add, jnp.zeros_like(tile.logits))

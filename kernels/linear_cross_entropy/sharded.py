@@ -1,9 +1,12 @@
 """A head whose vocabulary is split over a mesh axis: each device has columns of its own.
 
-Each device computes its own statistics; the log-sum-exps l_i, entropies H_i and the one label's
-logit are combined with w_i = e^(l_i - l), the device's share of the probability:
+Each device computes its own statistics; the log-sum-exps l_i, entropies H_i and the labels' logits,
+each of which one device has, are combined with w_i = e^(l_i - l), the device's share of the
+probability:
 
     l = log sum_i e^l_i;  log_prob = x_label - l;  entropy = sum_i w_i (H_i - log w_i)
+
+The log-sum-exp of the columns that are no label is combined as l is.
 
 Differentiating this gives device i the cotangent w_i of l_i, and w_i p_i is the probability under
 the whole vocabulary, so every implementation's own backward pass is the right one.
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Outputs = tuple[jax.Array, jax.Array, jax.Array | None]
+Outputs = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
 
 def check_axis(axis_name: str, head: jax.Array) -> int:
@@ -30,34 +33,44 @@ def check_axis(axis_name: str, head: jax.Array) -> int:
 
 
 def linear_cross_entropy(
-    local: Callable[[jax.Array, jax.Array | None], Outputs],
+    local: Callable[..., Outputs],
     labels: jax.Array,
     *,
     axis_name: str,
     columns: int,
     vocab_size: int,
 ) -> Outputs:
-    """Log-prob, log-sum-exp and entropy `[...]` over the columns of all devices.
+    """Log-prob `[..., K]`, log-sum-exp, entropy, log-sum-exp of the rest `[...]`, of all devices.
 
-    `local(labels, num_valid)` gives them over this device's `columns`, of which the first
-    `num_valid` count (None: all do); labels are columns of the device.
+    `local(labels, num_valid=...)` gives them over this device's `columns`, of which the first
+    `num_valid` count (None: all do); labels are columns of the device, or -1.
     """
     start = lax.axis_index(axis_name) * columns
     padded = vocab_size < lax.axis_size(axis_name) * columns
     num_valid = jnp.clip(vocab_size - start, 0, columns) if padded else None
     position = labels - start
     mine = (position >= 0) & (position < columns)
-    log_prob, own, entropy = local(jnp.where(mine, position, 0), num_valid)
-    label_logit = lax.psum(jnp.where(mine, log_prob + own, 0.0), axis_name)
+    log_prob, own, entropy, rest = local(jnp.where(mine, position, -1), num_valid=num_valid)
+    label_logits = lax.psum(jnp.where(mine, log_prob + own[..., None], 0.0), axis_name)
 
-    maximum = lax.pmax(lax.stop_gradient(own), axis_name)
-    log_sum_exp = maximum + jnp.log(lax.psum(jnp.exp(own - maximum), axis_name))
+    log_sum_exp = _log_sum_exp(own, axis_name)
     exists = (labels >= 0) & (labels < vocab_size)
-    log_prob = jnp.where(exists, label_logit - log_sum_exp, jnp.nan)
+    log_prob = jnp.where(exists, label_logits - log_sum_exp[..., None], jnp.nan)
+    if rest is not None:
+        rest = _log_sum_exp(rest, axis_name)
     if entropy is None:
-        return log_prob, log_sum_exp, None
+        return log_prob, log_sum_exp, None, rest
     log_share = own - log_sum_exp
     some = jnp.exp(log_share) != 0  # log 0 has no gradient: of padding alone there is no share
     log_share = jnp.where(some, log_share, 0.0)
     part = jnp.exp(log_share) * (entropy - log_share)
-    return log_prob, log_sum_exp, lax.psum(jnp.where(some, part, 0.0), axis_name)
+    return log_prob, log_sum_exp, lax.psum(jnp.where(some, part, 0.0), axis_name), rest
+
+
+def _log_sum_exp(own: jax.Array, axis_name: str) -> jax.Array:
+    """log sum_i e^l_i of all devices' l_i; -inf, with no gradient, where all are."""
+    maximum = lax.pmax(lax.stop_gradient(own), axis_name)
+    maximum = jnp.where(maximum != -jnp.inf, maximum, 0.0)
+    total = lax.psum(jnp.exp(own - maximum), axis_name)
+    log_total = jnp.log(jnp.where(total != 0, total, 1.0))
+    return jnp.where(total != 0, maximum + log_total, -jnp.inf)

@@ -1,10 +1,11 @@
 """The lean twin: one tile of logits at a time, forward and backward, in plain XLA.
 
-Residuals are the inputs, the log-sum-exp and the entropy: nothing of size [tokens, vocabulary].
+Residuals are the inputs, two log-sum-exps and the entropy: nothing of size [tokens, vocabulary].
 The backward pass recomputes each tile from the same operands, so both see the same logits.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,20 +13,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxdistill.kernels import tiles
 
+Outputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
 
 class _Options(NamedTuple):
     vocab_size: int
     soft_cap: float | None
     with_entropy: bool
+    with_rest: bool
     vocab_axis: int
     tiling: tiles.Tiling
 
 
 class _Running(NamedTuple):
-    """Statistics of the columns seen so far, [num_chunks, C] each."""
+    """Statistics of the columns seen so far, [num_chunks, C] each, of labels [num_chunks, C, K]."""
 
     softmax: tiles.OnlineSoftmax
-    label_logit: jax.Array  # NaN until its column comes by
+    rest: tiles.OnlineSoftmax  # of the columns that are no label
+    label_logits: jax.Array  # NaN until their columns come by
     moment: jax.Array  # sum exp(x - m) (x - m)
 
 
@@ -37,6 +42,7 @@ class _Residuals(NamedTuple):
     num_valid: jax.Array | None
     log_sum_exp: jax.Array
     entropy: jax.Array
+    rest: jax.Array
 
 
 def linear_cross_entropy(
@@ -48,19 +54,22 @@ def linear_cross_entropy(
     vocab_size: int,
     soft_cap: float | None,
     with_entropy: bool,
+    with_rest: bool,
     vocab_axis: int,
     chunk_tokens: int | None,
     chunk_vocab: int | None,
     num_valid: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Log-prob, log-sum-exp and entropy `[...]`; one tile of logits is in memory.
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """Log-prob of labels `[..., K]`, log-sum-exp, entropy and the log-sum-exp of the rest, `[...]`.
 
-    Of the `vocab_size` columns those from `num_valid` on do not count either: how many do may
-    differ from device to device. With none the log-sum-exp is -inf and the entropy 0.
+    One tile of logits is in memory. Of the `vocab_size` columns those from `num_valid` on do not
+    count either: how many do may differ from device to device. With none the log-sum-exp is -inf
+    and the entropy 0.
     """
-    tiling = tiles.plan(labels.size, vocab_size, chunk_tokens, chunk_vocab)
-    options = _Options(vocab_size, soft_cap, with_entropy, vocab_axis, tiling)
-    leading = labels.ndim
+    shape = labels.shape[:-1]
+    leading = len(shape)
+    tiling = tiles.plan(math.prod(shape), vocab_size, chunk_tokens, chunk_vocab)
+    options = _Options(vocab_size, soft_cap, with_entropy, with_rest, vocab_axis, tiling)
     operands = hidden, head, labels, temperature
     if num_valid is None:
         hidden, head, labels, temperature = tiles.vary_alike(*operands)
@@ -74,9 +83,9 @@ def linear_cross_entropy(
         temperature,
         num_valid,
     )
-    shape = hidden.shape[:-1]
-    log_prob, log_sum_exp, entropy = (tiles.unchunk(x, shape) for x in outputs)
-    return log_prob, log_sum_exp, entropy if with_entropy else None
+    log_prob, log_sum_exp, entropy, rest = (tiles.unchunk(x, shape) for x in outputs)
+    wanted = entropy if with_entropy else None, rest if with_rest else None
+    return log_prob, log_sum_exp, *wanted
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -87,8 +96,8 @@ def _chunked(
     labels: jax.Array,
     temperature: jax.Array,
     num_valid: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[num_chunks, C, D] and a head -> log-prob, log-sum-exp, entropy, [num_chunks, C] each."""
+) -> Outputs:
+    """[num_chunks, C, D] and a head -> log-prob [num_chunks, C, K], the others [num_chunks, C]."""
     hidden = tiles.in_product_type(hidden, head)
 
     def take_block(running: _Running, index: jax.Array) -> tuple[_Running, None]:
@@ -102,12 +111,14 @@ def _chunked(
         return lax.scan(take_tile, None, (hidden, labels, running))[1], None
 
     zeros = jnp.zeros_like(hidden[..., 0], dtype=jnp.float32)
-    start = _Running(tiles.start_softmax(zeros), jnp.full_like(zeros, jnp.nan), zeros)
+    unseen = jnp.full_like(labels, jnp.nan, dtype=jnp.float32)
+    start = _Running(tiles.start_softmax(zeros), tiles.start_softmax(zeros), unseen, zeros)
     running, _ = lax.scan(take_block, start, jnp.arange(options.tiling.num_blocks))
     log_sum_exp = running.softmax.log_sum_exp()
     total = running.softmax.total
     entropy = jnp.where(total != 0, jnp.log(total) - running.moment / total, 0.0)
-    return running.label_logit - log_sum_exp, log_sum_exp, entropy
+    log_prob = running.label_logits - log_sum_exp[..., None]
+    return log_prob, log_sum_exp, entropy, running.rest.log_sum_exp()
 
 
 def _block(
@@ -151,17 +162,47 @@ def _absorb(
     labels: jax.Array,
     columns: tiles.Block,
 ) -> _Running:
-    """Statistics after one more tile; `running` and `labels` are those of its chunk, [C]."""
+    """Statistics after one more tile; `running` and `labels` are those of its chunk."""
     softmax, centred, shift = tiles.absorb(running.softmax, logits)
     moment = running.moment
     if options.with_entropy:
         terms = jnp.where(columns.valid[None, :], jnp.exp(centred) * centred, 0.0)
         moved = running.moment + running.softmax.total * shift
         moment = jnp.exp(shift) * moved + jnp.sum(terms, axis=-1)
-    position = jnp.clip(labels - columns.start, 0, options.tiling.chunk_vocab - 1)
+    rest = running.rest
+    if options.with_rest:
+        rest = tiles.absorb(rest, _without_labels(logits, labels, columns))[0]
+    position = _positions(labels, columns)
+    picked = jnp.take_along_axis(logits, position, axis=-1, mode="clip")
+    picked = jnp.where(position < columns.columns.size, picked, running.label_logits)
+    return _Running(softmax, rest, picked, moment)
+
+
+def _positions(labels: jax.Array, columns: tiles.Block) -> jax.Array:
+    """Where in the tile the labels [C, K] are; its width where a label is none of its columns."""
+    width = columns.columns.size
+    position = jnp.clip(labels - columns.start, 0, width - 1)
     here = (columns.columns[position] == labels) & columns.valid[position]
-    picked = jnp.take_along_axis(logits, position[:, None], axis=-1)[:, 0]
-    return _Running(softmax, jnp.where(here, picked, running.label_logit), moment)
+    return jnp.where(here, position, width)
+
+
+def _without_labels(logits: jax.Array, labels: jax.Array, columns: tiles.Block) -> jax.Array:
+    """The tile with -inf in the columns of the labels."""
+    if labels.shape[-1] == 1:  # a comparison fuses with its neighbours, a scatter does not
+        return jnp.where(columns.columns[None, :] == labels, -jnp.inf, logits)
+    position = _positions(labels, columns)
+    return jnp.put_along_axis(logits, position, -jnp.inf, axis=-1, inplace=False, mode="drop")
+
+
+def _add_at_labels(
+    tile: jax.Array, values: jax.Array, labels: jax.Array, columns: tiles.Block
+) -> jax.Array:
+    """The tile plus values [C, K] in the columns of the labels, of equal ones all."""
+    if labels.shape[-1] == 1:
+        is_label = (columns.columns[None, :] == labels) & columns.valid[None, :]
+        return tile + jnp.where(is_label, values, 0.0)
+    rows = jnp.arange(tile.shape[0])[:, None]
+    return tile.at[rows, _positions(labels, columns)].add(values, mode="drop")
 
 
 def _forward(
@@ -171,24 +212,25 @@ def _forward(
     labels: jax.Array,
     temperature: jax.Array,
     num_valid: jax.Array | None,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], _Residuals]:
+) -> tuple[Outputs, _Residuals]:
     operands = hidden, head, labels, temperature, num_valid
     outputs = _chunked(options, *operands)
-    _, log_sum_exp, entropy = outputs
-    return outputs, _Residuals(*operands, log_sum_exp, entropy)
+    return outputs, _Residuals(*operands, *outputs[1:])
 
 
 def _backward(
     options: _Options,
     residuals: _Residuals,
-    cotangents: tuple[jax.Array, jax.Array, jax.Array],
+    cotangents: Outputs,
 ) -> tuple[jax.Array, jax.Array, None, None, None]:
     """Gradients of hidden and head; the gradient nobody asks for is dead code to the compiler."""
     head, axis = residuals.head, options.vocab_axis
     hidden = tiles.in_product_type(residuals.hidden, head)
-    some = residuals.log_sum_exp != -jnp.inf  # else -inf - -inf, where no column counts
-    log_sum_exp = jnp.where(some, residuals.log_sum_exp, 0.0)
-    per_token = (residuals.labels, log_sum_exp, residuals.entropy, cotangents)
+    # Where no column counts the sums are -inf, and so are the logits: their difference is NaN.
+    log_sum_exp, rest = (
+        jnp.where(x != -jnp.inf, x, 0.0) for x in (residuals.log_sum_exp, residuals.rest)
+    )
+    per_token = (residuals.labels, log_sum_exp, residuals.entropy, rest, cotangents)
 
     def take_block(gradients: tuple, index: jax.Array) -> tuple[tuple, None]:
         hidden_total, head_total = gradients
@@ -218,18 +260,24 @@ def _logits_gradient(
     labels: jax.Array,
     log_sum_exp: jax.Array,
     entropy: jax.Array,
-    cotangents: tuple[jax.Array, jax.Array, jax.Array],
+    rest: jax.Array,
+    cotangents: Outputs,
 ) -> jax.Array:
-    """d log_prob = onehot - p;  d log_sum_exp = p;  d entropy = -p (log p + entropy)."""
-    to_log_prob, to_log_sum_exp, to_entropy = cotangents
-    valid = columns.valid[None, :]
+    """d log_prob_k = onehot_k - p;  d log_sum_exp = p;  d entropy = -p (log p + entropy);
+
+    d rest = exp(logits - rest) in the columns that are no label.
+    """
+    to_log_prob, to_log_sum_exp, to_entropy, to_rest = cotangents
     log_p = logits - log_sum_exp[:, None]
-    weight = (to_log_sum_exp - to_log_prob)[:, None]
+    weight = (to_log_sum_exp - jnp.sum(to_log_prob, axis=-1))[:, None]
     if options.with_entropy:
-        surprise = jnp.where(valid, log_p + entropy[:, None], 0.0)
+        surprise = jnp.where(columns.valid[None, :], log_p + entropy[:, None], 0.0)
         weight = weight - to_entropy[:, None] * surprise
-    is_label = (columns.columns[None, :] == labels[:, None]) & valid
-    return jnp.exp(log_p) * weight + jnp.where(is_label, to_log_prob[:, None], 0.0)
+    gradient = jnp.exp(log_p) * weight
+    if options.with_rest:
+        others = _without_labels(logits, labels, columns)
+        gradient += to_rest[:, None] * jnp.exp(others - rest[:, None])
+    return _add_at_labels(gradient, to_log_prob, labels, columns)
 
 
 _chunked.defvjp(_forward, _backward)

@@ -98,7 +98,7 @@ def linear_divergence(
     """
     student = jnp.asarray(student_hidden), jnp.asarray(student_head)
     teacher = jnp.asarray(teacher_hidden), jnp.asarray(teacher_head)
-    _check_kind(kind, share)
+    check_kind(kind, share)
     columns = _count_columns(student, teacher, head_layout, vocab_size, axis_name)
     arguments.check_positive("temperature", temperature)
     soft_caps = student_soft_cap, teacher_soft_cap
@@ -175,7 +175,7 @@ def _count_columns(
     return padded if vocab_size is None else vocab_size
 
 
-def _check_kind(kind: str, share: jax.typing.ArrayLike | None) -> None:
+def check_kind(kind: str, share: jax.typing.ArrayLike | None) -> None:
     """Raise ValueError unless the kind exists and has the share it needs."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, but it is {kind!r}")

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxdistill.kernels import head_grid, head_tile, tiles
-from jaxdistill.kernels.blocks import FORWARD, SECOND_FORWARD
+from jaxdistill.kernels.blocks import FORWARD, LANES, SECOND_FORWARD
 from jaxdistill.kernels.head_grid import Layout, Operands, Place
-from jaxdistill.kernels.head_tile import lane_max, lane_sum, row_max, row_sum, spread
+from jaxdistill.kernels.head_tile import lane_sum, row_max, row_sum
 from jaxdistill.kernels.linear_divergence import kinds
 from jaxdistill.kernels.linear_divergence.statistics import (
     DIRECTIONS,
@@ -124,7 +124,7 @@ def _sweep(
     """So many numbers a token, [N] each."""
     body = functools.partial(kernel, options)
     given = sweep, options.layout, operands, per_token
-    found = head_tile.statistics(body, *given, running=count, output=count)
+    found = head_tile.statistics(body, *given, running=[LANES] * count, output=count)
     return [found[:, at] for at in range(count)]
 
 
@@ -168,8 +168,8 @@ def _statistics(
         q_raw, p_raw, _slope = _scaled(options, operands, raw)
         valid = _valid(place, operands, q_raw.shape)
         before = student[1][...], teacher[1][...]
-        of_student = _absorb(student, jnp.where(valid, q_raw, -jnp.inf))
-        of_teacher = _absorb(teacher, jnp.where(valid, p_raw, -jnp.inf))
+        of_student = head_tile.absorb(*student, jnp.where(valid, q_raw, -jnp.inf))
+        of_teacher = head_tile.absorb(*teacher, jnp.where(valid, p_raw, -jnp.inf))
         for forward, difference in zip(DIRECTIONS.get(options.kind, ()), differences, strict=True):
             p_total, p, q = before[forward], of_teacher, of_student
             if not forward:
@@ -260,19 +260,3 @@ def _share(operands: Operands) -> jax.Array:
 def _valid(place: Place, operands: Operands, shape: tuple[int, ...]) -> jax.Array:
     """Which entries of a tile belong to columns that count."""
     return place.columns(shape) < place.limit(operands)
-
-
-class _Absorbed(NamedTuple):
-    centred: jax.Array  # logits - m
-    shift: jax.Array  # m before - m
-
-
-def _absorb(softmax: Sequence[Any], logits: jax.Array) -> _Absorbed:
-    """Take a tile into the running maximum m and the total sum exp(x - m) of each lane."""
-    maximum, total = softmax
-    before = maximum[...]
-    new = jnp.maximum(before, lane_max(logits))
-    centred, shift = logits - spread(new, logits.shape[1]), before - new
-    maximum[...] = new
-    total[...] = total[...] * jnp.exp(shift) + lane_sum(jnp.exp(centred))
-    return _Absorbed(centred, shift)

@@ -35,6 +35,17 @@ def each_place() -> pytest.MarkDecorator:
     )
 
 
+def each_place_and_dtype() -> pytest.MarkDecorator:
+    """(vocab_size, place, dtype), of which four, with each value among them, are not slow."""
+    few = {(64, "jit", "float32"), (65, "jit", "float32")}
+    few |= {(67, "jit", "bfloat16"), (67, "shard_map", "float32")}
+    cases = itertools.product(VOCABULARIES, ("jit", "shard_map"), ("float32", "bfloat16"))
+    return pytest.mark.parametrize(
+        ("vocab_size", "place", "dtype"),
+        [pytest.param(*x, marks=() if x in few else pytest.mark.slow) for x in cases],
+    )
+
+
 def make(std: float, vocab_size: int, dtype: jnp.dtype) -> tuple[np.ndarray, ...]:
     """Student and teacher (hidden, head) with logits of this std, and labels."""
     rng = np.random.default_rng(int(10 * std) + vocab_size)

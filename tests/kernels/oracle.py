@@ -45,6 +45,34 @@ def cross_entropy(
     return (log_prob, log_sum_exp, entropy), (raw @ head, raw.T @ hidden)
 
 
+def several_labels(
+    hidden: np.ndarray,
+    head: np.ndarray,
+    labels: np.ndarray,
+    cotangents: tuple[np.ndarray, ...],
+    temperature: float = 1.0,
+    soft_cap: float | None = None,
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, np.ndarray]]:
+    """(log_prob, log_sum_exp, entropy, rest) of labels `[N, K]`, and gradients as above."""
+    logits, slope = logits_of(hidden, head, temperature, soft_cap)
+    log_p, log_sum_exp = log_softmax(logits)
+    p = np.exp(log_p)
+    entropy = -(p * log_p).sum(-1)
+    onehot = np.arange(head.shape[0]) == labels[..., None]  # [N, K, V]
+    outside = np.where(onehot.any(1), 0, p)
+    with np.errstate(divide="ignore"):
+        rest = np.log(outside.sum(-1))
+    to_log_prob, to_sum, to_entropy, to_rest = cotangents
+    gradient = (to_log_prob[..., None] * (onehot - p[:, None])).sum(1) + to_sum[:, None] * p
+    gradient -= to_entropy[:, None] * p * (log_p + entropy[:, None])
+    mass = outside.sum(-1, keepdims=True)
+    share = np.divide(outside, mass, out=np.zeros_like(p), where=mass > 0)
+    gradient += np.where(mass > 0, to_rest[:, None] * (share - p), 0)
+    raw = slope * gradient
+    log_prob = np.take_along_axis(log_p, labels, -1)
+    return (log_prob, log_sum_exp, entropy, rest), (raw @ head, raw.T @ hidden)
+
+
 def divergence(
     kind: str,
     student: tuple[np.ndarray, np.ndarray],

@@ -51,7 +51,7 @@ def run(implementation: str, axis_name: str | None, vocab_size: int, *arrays: ja
         if axis_name is not None:
             options |= CHUNKS[implementation]
         out = linear_cross_entropy(hidden, head, labels, implementation=implementation, **options)
-        return tuple(out)
+        return out.log_prob, out.log_sum_exp, out.entropy
 
     outputs, pull = jax.vjp(function, hidden, head)
     return outputs, pull(tuple(cotangents))

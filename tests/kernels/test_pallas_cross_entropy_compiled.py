@@ -26,7 +26,8 @@ def loss(
     out = linear_cross_entropy(
         hidden, head, labels, implementation="pallas", axis_name=axis_name, **options
     )
-    return 1e-4 * out.log_sum_exp**2 - out.log_prob
+    total = 1e-4 * out.log_sum_exp**2 - out.log_prob.reshape(*hidden.shape[:-1], -1).sum(-1)
+    return total if out.rest is None else total + out.rest
 
 
 def lower(
@@ -37,6 +38,7 @@ def lower(
     dtype: str = "bfloat16",
     mesh: tuple[int, int] | None = None,
     wanted: tuple[int, ...] = (0, 1),
+    num_labels: int | None = None,
     **options: object,
 ) -> jax.stages.Lowered:
     """Value and gradients on one device, or on a mesh (data, tensor) of all."""
@@ -58,7 +60,11 @@ def lower(
         return function(hidden, head, labels, axis_name=axis_name, **options).mean()
 
     head = (width, vocab) if options.get("head_layout") == "dv" else (vocab, width)
-    shapes = ((tokens, width), dtype), (head, dtype), ((tokens,), "int32")
+    shapes = (
+        ((tokens, width), dtype),
+        (head, dtype),
+        ((tokens, num_labels)[: 1 if num_labels is None else 2], "int32"),
+    )
     arrays = [
         jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
         for (shape, dtype), place in zip(shapes, places, strict=True)
@@ -130,8 +136,10 @@ def test_a_frozen_operand_costs_no_kernel(frozen: str) -> None:
         {"dtype": "float32"},
         {"head_layout": "dv"},
         {"soft_cap": 30.0, "with_entropy": True, "vocab_size": 151000},
+        {"num_labels": 64, "with_rest": True},
+        {"num_labels": 200, "with_rest": True, "with_entropy": True, "dtype": "float32"},
     ],
-    ids=["float32", "dv", "all"],
+    ids=["float32", "dv", "all", "64 labels", "200 labels"],
 )
 def test_options_compile(options: dict, generation: str) -> None:
     tokens, _, vocab = MODELS["Qwen3-1.7B"]

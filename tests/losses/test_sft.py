@@ -224,7 +224,6 @@ def test_unlikelihood_from_hidden_of_a_sure_token() -> None:
 def test_tiles_have_one_implementation() -> None:
     head = np.eye(7, dtype=np.float32)
     for loss in (
-        from_hidden.unlikelihood,
         functools.partial(from_hidden.cross_entropy, label_smoothing=0.1),
         functools.partial(from_hidden.one_token_rollout, key=KEY),
     ):

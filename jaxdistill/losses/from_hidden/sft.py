@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxdistill.kernels import linear_cross_entropy
+from jaxdistill.kernels import arguments, linear_cross_entropy
 from jaxdistill.losses import checks, sft
 from jaxdistill.losses.distribution import log_softmax
 from jaxdistill.losses.from_hidden.cross_entropy import log_probs
@@ -189,9 +189,9 @@ def unlikelihood(
 
         -log(1 - p_label)
 
-    A tile of tokens at a time: 1 - p is summed over the other columns, which log p does not hold.
+    1 - p is summed over the other columns, which log p does not hold.
 
-    Arguments, result and errors are those of `from_hidden.dft`, with one implementation, "auto".
+    Arguments, result and errors are those of `from_hidden.dft`; V is at least 2.
 
     Example:
       >>> import numpy as np
@@ -200,4 +200,12 @@ def unlikelihood(
       >>> print(from_hidden.unlikelihood(hidden, head, np.array([0, 3])).round(4))  # -log(3/4)
       [0.2877 0.2877]
     """
-    return over_labels(sft.unlikelihood, hidden, head, {"labels": labels}, **head_options)
+    given = jnp.asarray(hidden), jnp.asarray(head)
+    layout, vocab_size = head_options.get("head_layout", "vd"), head_options.get("vocab_size")
+    columns = arguments.check_head("", *given, layout, vocab_size)
+    if columns < 2:
+        raise ValueError(f"head must have at least 2 columns that count, but it has {columns}")
+    arguments.check_labels("labels", labels, given[0].shape[:-1], columns)
+    out = linear_cross_entropy(*given, jnp.expand_dims(labels, -1), with_rest=True, **head_options)
+    assert out.rest is not None
+    return sft.of_odds(out.log_prob[..., 0], out.rest)

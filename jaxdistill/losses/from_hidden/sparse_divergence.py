@@ -1,7 +1,7 @@
 """Sparse distillation from hidden states: making the teacher's records, and learning from them.
 
-Records are made with `top_k_teacher` or `sample_teacher` and kept; the student then meets them
-without its logits in memory.
+Records are made with `top_k_teacher` or `sample_teacher`, a tile of tokens at a time, and kept; the
+student then meets them through the head kernels.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,19 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill.kernels import arguments
+from jaxdistill.kernels import arguments, linear_cross_entropy, linear_divergence_top_k
+from jaxdistill.kernels.linear_divergence.records import check_distinct, check_ids
 from jaxdistill.losses import checks, sampled_divergence, sparse_divergence
 from jaxdistill.losses import first as calibrated
-from jaxdistill.losses.distribution import log_softmax
+from jaxdistill.losses.distribution import log_softmax, times_temperature_squared
 from jaxdistill.losses.from_hidden.over_tokens import Model, over_tokens
+from jaxdistill.losses.from_hidden.preference import HeadOptions
 from jaxdistill.losses.sampled_divergence import TeacherSamples
 from jaxdistill.losses.sparse_divergence import TeacherTopK
 
 ArrayLike = jax.typing.ArrayLike
 
 
-class OneHead(TypedDict, total=False):
-    """Options of the only head there is."""
+class TeacherOptions(TypedDict, total=False):
+    """Options of the teacher's head, whose logits are gone through by tiles of tokens."""
 
     vocab_size: int | None
     soft_cap: float | None
@@ -36,7 +38,7 @@ def top_k_teacher(
     k: int,
     *,
     temperature: ArrayLike = 1.0,
-    **options: Unpack[OneHead],
+    **options: Unpack[TeacherOptions],
 ) -> TeacherTopK:
     """The k most likely tokens of each position, from hidden states; see `losses.top_k_teacher`.
 
@@ -68,8 +70,7 @@ def top_k_teacher(
     def records(logits: jax.Array) -> TeacherTopK:
         return sparse_divergence.top_k_teacher(logits, k, temperature=temperature)
 
-    teacher = Model("teacher_", teacher_hidden, teacher_head, frozen=True)
-    return _over_one(records, teacher, {}, **options)
+    return _over_teacher(records, teacher_hidden, teacher_head, {}, **options)
 
 
 def sample_teacher(
@@ -80,7 +81,7 @@ def sample_teacher(
     *,
     temperature: ArrayLike = 1.0,
     proposal_power: ArrayLike = 1.0,
-    **options: Unpack[OneHead],
+    **options: Unpack[TeacherOptions],
 ) -> TeacherSamples:
     """Random tokens of each position, from hidden states; see `losses.sample_teacher`.
 
@@ -115,8 +116,8 @@ def sample_teacher(
         log_p = log_softmax("teacher_logits", logits, temperature, None)
         return sampled_divergence.records_at(uniform, log_p, proposal_power)
 
-    teacher = Model("teacher_", teacher_hidden, teacher_head, frozen=True)
-    return _over_one(records, teacher, {"uniform": uniform}, **options)
+    drawn = {"uniform": uniform}
+    return _over_teacher(records, teacher_hidden, teacher_head, drawn, **options)
 
 
 def topk_forward_kl(
@@ -128,7 +129,7 @@ def topk_forward_kl(
     tail: str = "bucket",
     temperature: ArrayLike = 1.0,
     scale_by_temperature_squared: bool = False,
-    **options: Unpack[OneHead],
+    **options: Unpack[HeadOptions],
 ) -> jax.Array:
     """Forward KL from the teacher's k largest probabilities; see `losses.topk_forward_kl`.
 
@@ -141,7 +142,8 @@ def topk_forward_kl(
       student_head: `[V, D]` ("vd") or `[D, V]` ("dv").
       ids, teacher_log_probs: `[..., K]`, see `losses.topk_forward_kl`.
       tail, temperature, scale_by_temperature_squared: see `losses.topk_forward_kl`.
-      vocab_size, soft_cap, head_layout: as for `from_hidden.top_k_teacher`.
+      vocab_size, soft_cap, head_layout, implementation: see
+        `jaxdistill.kernels.linear_cross_entropy`.
 
     Returns:
       `[...]`, float32, nats.
@@ -157,20 +159,16 @@ def topk_forward_kl(
       >>> print(from_hidden.topk_forward_kl(hidden, head, ids, log_p).round(4))
       [0.0541]
     """
-    sparse_divergence.check_log_probs(ids, teacher_log_probs)
-
-    def loss(logits: jax.Array, *records: jax.Array) -> jax.Array:
-        return sparse_divergence.topk_forward_kl(
-            logits,
-            *records,
-            tail=tail,
-            temperature=temperature,
-            scale_by_temperature_squared=scale_by_temperature_squared,
-        )
-
-    student = Model("student_", student_hidden, student_head)
-    records = {"ids": ids, "teacher_log_probs": teacher_log_probs}
-    return _over_one(loss, student, records, **options)
+    values = linear_divergence_top_k(
+        student_hidden,
+        student_head,
+        ids,
+        teacher_log_probs,
+        tail=tail,
+        temperature=temperature,
+        **options,
+    )
+    return times_temperature_squared(values, temperature, scale_by_temperature_squared)
 
 
 def sampled_forward_kl(
@@ -182,7 +180,7 @@ def sampled_forward_kl(
     *,
     temperature: ArrayLike = 1.0,
     scale_by_temperature_squared: bool = False,
-    **options: Unpack[OneHead],
+    **options: Unpack[HeadOptions],
 ) -> jax.Array:
     """Forward KL from tokens drawn from the teacher; see `losses.sampled_forward_kl`.
 
@@ -194,7 +192,7 @@ def sampled_forward_kl(
       student_hidden, student_head: as for `from_hidden.topk_forward_kl`.
       ids, weights, teacher_log_probs: `[..., N]`, see `losses.sampled_forward_kl`.
       temperature, scale_by_temperature_squared: see `losses.sampled_forward_kl`.
-      vocab_size, soft_cap, head_layout: as for `from_hidden.top_k_teacher`.
+      vocab_size, soft_cap, head_layout, implementation: as for `from_hidden.topk_forward_kl`.
 
     Returns:
       `[...]`, float32, nats.
@@ -209,19 +207,10 @@ def sampled_forward_kl(
       >>> print(from_hidden.sampled_forward_kl(hidden, head, np.array([[0, 3, 3]])).round(4))
       [1.3863]
     """
-    records = {"ids": ids, "weights": weights, "teacher_log_probs": teacher_log_probs}
-    given = {name: array for name, array in records.items() if array is not None}
-
-    def loss(logits: jax.Array, *arrays: jax.Array) -> jax.Array:
-        records: dict[str, Any] = dict(zip(given, arrays, strict=True))
-        return sampled_divergence.sampled_forward_kl(
-            logits,
-            **records,
-            temperature=temperature,
-            scale_by_temperature_squared=scale_by_temperature_squared,
-        )
-
-    return _over_one(loss, Model("student_", student_hidden, student_head), given, **options)
+    records = {"weights": weights, "teacher_log_probs": teacher_log_probs}
+    log_q = _log_probs_at(student_hidden, student_head, ids, records, temperature, **options)
+    loss = sampled_divergence.of_log_probs(log_q, weights, teacher_log_probs)
+    return times_temperature_squared(loss, temperature, scale_by_temperature_squared)
 
 
 def first(
@@ -231,7 +220,7 @@ def first(
     teacher_probabilities: ArrayLike,
     *,
     other_bucket: bool = False,
-    **options: Unpack[OneHead],
+    **options: Unpack[HeadOptions],
 ) -> jax.Array:
     """FIRST's divergence from hidden states; see `losses.first`.
 
@@ -243,7 +232,7 @@ def first(
       student_hidden, student_head: as for `from_hidden.topk_forward_kl`.
       ids, teacher_probabilities: `[..., K]`, see `losses.first`.
       other_bucket: see `losses.first`.
-      vocab_size, soft_cap, head_layout: as for `from_hidden.top_k_teacher`.
+      vocab_size, soft_cap, head_layout, implementation: as for `from_hidden.topk_forward_kl`.
 
     Returns:
       `[...]`, float32, nats.
@@ -260,32 +249,44 @@ def first(
       [0.1308]
     """
     calibrated.check_probabilities("teacher_probabilities", teacher_probabilities)
-    sparse_divergence.check_distinct(ids, np.ones(jnp.shape(ids), bool))
+    check_distinct(ids, np.ones(jnp.shape(ids), bool))
+    p = jnp.asarray(teacher_probabilities, jnp.float32)
+    if other_bucket:
+        return topk_forward_kl(student_hidden, student_head, ids, jnp.log(p), **options)
+    records = {"teacher_probabilities": p}
+    log_q = _log_probs_at(student_hidden, student_head, ids, records, 1.0, **options)
+    return calibrated.of_scores(log_q, jnp.asarray(ids), p)
 
-    def loss(logits: jax.Array, *records: jax.Array) -> jax.Array:
-        return calibrated.first(logits, *records, other_bucket=other_bucket)
 
-    student = Model("student_", student_hidden, student_head)
-    records = {"ids": ids, "teacher_probabilities": teacher_probabilities}
-    return _over_one(loss, student, records, **options)
+def _log_probs_at(
+    student_hidden: ArrayLike,
+    student_head: ArrayLike,
+    ids: ArrayLike,
+    records: Mapping[str, ArrayLike | None],
+    temperature: ArrayLike,
+    **options: Unpack[HeadOptions],
+) -> jax.Array:
+    """Log-probabilities `[..., K]` of the ids, the shape of records beside them checked."""
+    hidden, head = jnp.asarray(student_hidden), jnp.asarray(student_head)
+    layout, vocab_size = options.get("head_layout", "vd"), options.get("vocab_size")
+    columns = arguments.check_head("student_", hidden, head, layout, vocab_size)
+    check_ids(ids, hidden.shape[:-1], columns)
+    for name, array in records.items():
+        if array is not None:
+            checks.check_same_shape(name, jnp.asarray(array), "ids", jnp.asarray(ids))
+    return linear_cross_entropy(hidden, head, ids, temperature=temperature, **options).log_prob
 
 
-def _over_one(
+def _over_teacher(
     function: Callable[..., Any],
-    model: Model,
+    hidden: ArrayLike,
+    head: ArrayLike,
     records: Mapping[str, Any],
     *,
     vocab_size: int | None = None,
     soft_cap: float | None = None,
     head_layout: str = "vd",
 ) -> Any:
-    """function(logits, *records) by tiles. Ids are checked here: within a tile no value is seen."""
-    model = model._replace(vocab_size=vocab_size, soft_cap=soft_cap)
-    hidden, head = jnp.asarray(model.hidden), jnp.asarray(model.head)
-    columns = arguments.check_head(model.name, hidden, head, head_layout, vocab_size)
-    if "ids" in records:
-        sparse_divergence.check_ids(records["ids"], hidden.shape[:-1], columns)
-        ids = jnp.asarray(records["ids"])
-        for name, array in records.items():
-            checks.check_same_shape(name, jnp.asarray(array), "ids", ids)
-    return over_tokens(function, (model,), records, head_layout=head_layout)
+    """function(teacher logits, *records) by tiles; the teacher is a constant."""
+    teacher = Model("teacher_", hidden, head, vocab_size, soft_cap, frozen=True)
+    return over_tokens(function, (teacher,), records, head_layout=head_layout)
