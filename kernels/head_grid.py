@@ -141,19 +141,14 @@ def call(
     Per token are arrays [N, K]. The output is so many columns [N, output], or the gradient of the
     first model's operand, of this type.
     """
-    models = [Model(tiles.in_product_type(*x), x.head) for x in operands.models]
-    tile = blocks.choose_tile(
-        layout.operation, sweep, blocks.Sizes.of(models, layout.vocab_size, layout.chunks, layout.labels)
-    )
-    num_tokens = models[0].hidden.shape[0]
-    models = [Model(on_tpu.pad_rows(x.hidden, tile.tokens), x.head) for x in models]
-    operands = operands._replace(models=tuple(models))
-    per_token = [on_tpu.pad_rows(x, tile.tokens) for x in per_token]
+    sizes = blocks.Sizes.of(operands.models, layout.vocab_size, layout.chunks, layout.labels)
+    tile = blocks.choose_tile(layout.operation, sweep, sizes)
+    num_tokens = operands.models[0].hidden.shape[0]
+    operands, per_token = _in_whole_blocks(tile, operands, per_token)
     grid = _grid(sweep, tile, layout, operands)
     specs = _Specs(sweep, tile, layout, grid[1] - 1)
     shape, dtype, out_spec = specs.output(operands.models[0], output)
     inputs, structure = jax.tree.flatten((operands, per_token))
-    inputs = tiles.vary_alike(*inputs)
 
     def body(*refs: Any) -> None:
         outer, inner, step = (pl.program_id(axis) for axis in range(3))
@@ -164,7 +159,7 @@ def call(
 
     result = pl.pallas_call(
         body,
-        out_shape=on_tpu.output(shape, dtype, like=models[0].hidden),
+        out_shape=on_tpu.output(shape, dtype, like=inputs[0]),
         grid=grid,
         in_specs=jax.tree.leaves(specs.inputs(operands, per_token)),
         out_specs=out_spec,
@@ -174,6 +169,21 @@ def call(
         name=f"{layout.operation}_{sweep.name}",
     )(*inputs)
     return result if sweep is HEAD_GRADIENT else result[:num_tokens]
+
+
+def _in_whole_blocks(
+    tile: Tile, operands: Operands, per_token: Sequence[jax.Array]
+) -> tuple[Operands, list[jax.Array]]:
+    """With zeros for the tokens that fill the last block; hidden states in the product's type."""
+
+    def padded(model: Model) -> Model:
+        hidden = tiles.in_product_type(model.hidden, model.head)
+        return Model(on_tpu.pad_rows(hidden, tile.tokens), model.head)
+
+    operands = operands._replace(models=tuple(map(padded, operands.models)))
+    per_token = [on_tpu.pad_rows(x, tile.tokens) for x in per_token]
+    leaves, structure = jax.tree.flatten((operands, per_token))
+    return jax.tree.unflatten(structure, tiles.vary_alike(*leaves))
 
 
 def _grid(sweep: Sweep, tile: Tile, layout: Layout, operands: Operands) -> tuple[int, int, int]:
