@@ -1,4 +1,4 @@
-"""The second derivative of attention: that of "xla" is right, that of "pallas" is refused by jax."""
+"""Second derivatives of attention: those of "xla" are right, those of "pallas" refused by jax."""
 
 from collections.abc import Callable
 from typing import Any
