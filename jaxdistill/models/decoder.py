@@ -112,7 +112,7 @@ def init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
         ValueError: length exceeds config.max_length.
     """
     _check_length(length, config)
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
@@ -220,7 +220,7 @@ def _context(
     segment_ids: jax.Array | None,
     cache: Cache | None,
 ) -> Context:
-    length = tokens.shape[1] if cache is None else cache.key.shape[2]
+    length = tokens.shape[1] if cache is None else cache.key.shape[3]
     cos, sin = rotation(
         positions, config.head_dim, config.rope_theta, config.rope_scaling, length=length
     )
@@ -294,7 +294,7 @@ def _check_call(
         return
     if segment_ids is not None:
         raise ValueError("segment_ids do not go with a cache: give each sequence its own row")
-    rows, slots = cache.key.shape[1:3]
+    _, rows, _, slots, _ = cache.key.shape
     if rows != tokens.shape[0] or slots < tokens.shape[1]:
         raise ValueError(
             f"a cache of {rows} rows and {slots} slots does not hold tokens of shape "

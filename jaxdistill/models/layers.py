@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdistill.kernels import attention
+from jaxdistill.kernels import attention, attention_decode
 from jaxdistill.models.config import DecoderConfig
 from jaxdistill.models.rope import rotate
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, each [L, B, S, G, K]; slot p holds position p of its row."""
+    """Keys and values of every layer, each [L, B, G, S, K]; slot p holds position p of its row.
+
+    A head's slots lie together, as the attention kernel reads them, so it is given no copy.
+    """
 
     key: jax.Array
     value: jax.Array
@@ -126,19 +129,21 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query = rotate(query, context.cos, context.sin)
         key = rotate(key, context.cos, context.sin)
-        if cache is not None:
-            cache = _write(cache, layer, context.slots, key, value)
-            key, value = cache.key[layer], cache.value[layer]
-        mixed = attention(
-            query,
-            key,
-            value,
-            # Without a cache a token's slot is its index, which the kernel need not be told.
-            positions=None if cache is None else context.slots,
-            segment_ids=context.segment_ids,
-            window=self.config.sliding_window,
-            soft_cap=self.config.attention_soft_cap,
-        )
+        options = {
+            "window": self.config.sliding_window,
+            "soft_cap": self.config.attention_soft_cap,
+        }
+        if cache is None:
+            # A token's slot is its index, which the kernel need not be told.
+            mixed = attention(query, key, value, segment_ids=context.segment_ids, **options)
+            return self.output(mixed), None
+        cache = _write(cache, layer, context.slots, key, value)
+        key, value = (x[layer].swapaxes(1, 2) for x in cache)  # back to [B, S, G, K]
+        if query.shape[1] == 1:
+            lengths = context.slots[:, 0] + 1
+            mixed = attention_decode(query[:, 0], key, value, lengths, **options)[:, None]
+        else:
+            mixed = attention(query, key, value, positions=context.slots, **options)
         return self.output(mixed), cache
 
 
@@ -216,9 +221,15 @@ def _broadcast(row: jax.Array, like: jax.Array) -> jax.Array:
 def _write(
     cache: Cache, layer: jax.Array, slots: jax.Array, key: jax.Array, value: jax.Array
 ) -> Cache:
-    """Put [B, T, G, K] keys and values into the layer's slots; slots past the end are dropped."""
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return Cache(
-        cache.key.at[layer, rows, slots].set(key.astype(cache.key.dtype), mode="drop"),
-        cache.value.at[layer, rows, slots].set(value.astype(cache.value.dtype), mode="drop"),
-    )
+    """Put [B, T, G, K] keys and values into the layer's slots; slots past the end are dropped.
+
+    One index a head too: of whole [G, K] windows XLA would lay the cache out anew to write them.
+    """
+    rows = jnp.arange(slots.shape[0])[:, None, None]
+    groups = jnp.arange(key.shape[2])[None, :, None]
+
+    def written(cache: jax.Array, new: jax.Array) -> jax.Array:
+        place = cache.at[layer, rows, groups, slots[:, None, :]]
+        return place.set(new.swapaxes(1, 2).astype(cache.dtype), mode="drop")
+
+    return Cache(written(cache.key, key), written(cache.value, value))

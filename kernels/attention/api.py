@@ -63,7 +63,8 @@ def attention(
 
     Returns:
       output `[B, T, H, K]` in the type of the operands; with_log_sum_exp also `[B, T, H]`, float32,
-      nats. Sums run in float32; the backward pass recomputes the scores in O(T + S) memory.
+      nats. Sums run in float32; the backward pass recomputes the scores in O(T + S) memory. It can
+      be differentiated again, but that of "pallas" raises jax's NotImplementedError.
 
     Raises:
       ValueError: an argument of the wrong shape, type or range.

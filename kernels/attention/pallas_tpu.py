@@ -1,10 +1,15 @@
 """The TPU kernels: the recurrences of `xla` with the tile of scores in VMEM.
 
-A tile is held transposed, [keys, rows], where the rows are a block of queries of all R heads that
-share a key head, head after head. What there is one of for each row (maximum, total, log-sum-exp,
-delta) then lies along the lanes: it meets the tile without a transposition, and is read and
-written as [R, T] lies in memory.
+The rows of queries are a block of all R heads that share a key head, head after head. Of the two
+ways a tile can lie, the TPU compiler's estimate is lower with
+
+    [rows, keys] forward: the weights meet the values in a plain product. Maximum and total of a row
+    are columns that fill a register's lanes, [rows, 128].
+    [keys, rows] backward: log-sum-exp and delta, which lie along the lanes in memory, meet the tile
+    as they are, and two of its three products are plain.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +34,7 @@ def forward(
         places,
         {"query": query, "key": key, "value": value},
         {"output": (query.shape, value.dtype), "log_sum_exp": (query.shape[:4], jnp.float32)},
-        [(query.shape[-1], rows), (1, rows), (1, rows)],
+        [(rows, query.shape[-1]), (rows, tiles.LANES), (rows, tiles.LANES)],
     )
     return output[:, :, :, :length], log_sum_exp[:, :, :, :length]
 
@@ -54,7 +59,7 @@ def backward(
         places,
         inputs,
         {"query": (query.shape, query.dtype)},
-        [(query.shape[-1], call.heads * call.blocking.query)],
+        [(call.heads * call.blocking.query, query.shape[-1])],
     )
     to_key, to_value = pallas_grid.run(
         _key_kernel,
@@ -73,7 +78,8 @@ def backward(
 
 
 def _forward_kernel(call: Call, step: Step, inputs: dict, outputs: dict, scratch: list) -> None:
-    total_output, maximum, total = scratch  # [K, rows], [1, rows], [1, rows]
+    # [rows, K]; [rows, 128], the same in all lanes; [rows, 128], each lane with keys of its own
+    total_output, maximum, total = scratch
 
     @pl.when(step.is_start)
     def _() -> None:
@@ -83,34 +89,36 @@ def _forward_kernel(call: Call, step: Step, inputs: dict, outputs: dict, scratch
 
     @pl.when(step.is_needed)
     def _() -> None:
-        scores, _, seen = _scores(call, step, inputs)
+        scores, _, seen = _scores(call, step, inputs, rows_axis=0)
         if seen is not None:
             scores = jnp.where(seen, scores, -jnp.inf)
         before = maximum[...]
-        now = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
+        now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
         # Until a key is seen the maximum is -inf: subtracting 0 leaves exp(-inf) = 0, not NaN.
         finite = jnp.where(now == -jnp.inf, 0.0, now)
-        weights = jnp.exp(scores - finite)
+        weights = jnp.exp(scores - _wide(finite, scores.shape[1]))
         shrink = jnp.exp(before - finite)
         value = inputs["value"][...]
         maximum[...] = now
-        total[...] = total[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
-        part = dot(value, weights.astype(value.dtype), (0, 0))
-        total_output[...] = total_output[...] * shrink + part
+        total[...] = total[...] * shrink + _sum_of_registers(weights)
+        part = dot(weights.astype(value.dtype), value, (1, 0))
+        total_output[...] = total_output[...] * _wide(shrink, part.shape[1]) + part
 
     @pl.when(step.is_end)
     def _() -> None:
-        empty = total[...] == 0
-        positive = jnp.where(empty, 1.0, total[...])
-        _write_queries(outputs["output"], total_output[...] / positive)
-        sums = jnp.where(empty, -jnp.inf, maximum[...] + jnp.log(positive))
+        sums = jnp.broadcast_to(jnp.sum(total[...], axis=1, keepdims=True), total.shape)
+        empty = sums == 0
+        positive = jnp.where(empty, 1.0, sums)
+        output = total_output[...] / _wide(positive, total_output.shape[1])
+        _write_queries(outputs["output"], output)
+        row = jnp.where(empty, -jnp.inf, maximum[...] + jnp.log(positive)).T[:1]
         block = call.blocking.query
         for head in range(call.heads):
-            outputs["log_sum_exp"][head : head + 1, :] = sums[:, head * block : (head + 1) * block]
+            outputs["log_sum_exp"][head : head + 1, :] = row[:, head * block : (head + 1) * block]
 
 
 def _query_kernel(call: Call, step: Step, inputs: dict, outputs: dict, scratch: list) -> None:
-    (total,) = scratch  # [K, rows]
+    (total,) = scratch  # [rows, K]
 
     @pl.when(step.is_start)
     def _() -> None:
@@ -120,7 +128,7 @@ def _query_kernel(call: Call, step: Step, inputs: dict, outputs: dict, scratch: 
     def _() -> None:
         _, to_scores = _gradients(call, step, inputs)
         key = inputs["key"][...]
-        total[...] += dot(key, to_scores.astype(key.dtype), (0, 0))
+        total[...] += dot(to_scores.astype(key.dtype), key, (0, 0))
 
     @pl.when(step.is_end)
     def _() -> None:
@@ -150,16 +158,17 @@ def _key_kernel(call: Call, step: Step, inputs: dict, outputs: dict, scratch: li
 
 
 def _scores(
-    call: Call, step: Step, inputs: dict
+    call: Call, step: Step, inputs: dict, rows_axis: int
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Scores [keys, rows], their slope in the scaled products, and which count."""
-    products = dot(inputs["key"][...], _rows(inputs["query"]), (1, 1))
-    return *problem.capped(call.options, products), _seen(call, step, inputs)
+    """Scores, [rows, keys] if rows_axis is 0, their slope in the scaled products, which count."""
+    sides = _rows(inputs["query"]), inputs["key"][...]
+    products = dot(*(sides if rows_axis == 0 else sides[::-1]), (1, 1))
+    return *problem.capped(call.options, products), _seen(call, step, inputs, rows_axis)
 
 
 def _gradients(call: Call, step: Step, inputs: dict) -> tuple[jax.Array, jax.Array]:
     """Weights and gradients of the scaled products, both [keys, rows] and float32."""
-    scores, slope, seen = _scores(call, step, inputs)
+    scores, slope, seen = _scores(call, step, inputs, rows_axis=1)
     weights = jnp.exp(scores - _row(inputs["log_sum_exp"]))
     if seen is not None:
         weights = jnp.where(seen, weights, 0.0)
@@ -168,22 +177,50 @@ def _gradients(call: Call, step: Step, inputs: dict) -> tuple[jax.Array, jax.Arr
     return weights, to_scores if slope is None else to_scores * slope
 
 
-def _seen(call: Call, step: Step, inputs: dict) -> jax.Array | None:
-    """Which pairs of the tile count; it broadcasts to [keys, rows]."""
+def _seen(call: Call, step: Step, inputs: dict, rows_axis: int) -> jax.Array | None:
+    """Which pairs of the tile count; it broadcasts to the tile."""
     blocking = call.blocking
     if "positions" in inputs:
-        positions = inputs["positions"][...]
+        positions = _along(rows_axis, inputs["positions"][...])
     else:
-        positions = lax.broadcasted_iota(jnp.int32, (1, blocking.query), 1)
-        positions += step.query_block * blocking.query
-    slots = lax.broadcasted_iota(jnp.int32, (blocking.key, 1), 0) + step.key_block * blocking.key
+        positions = _indices(rows_axis, blocking.query) + step.query_block * blocking.query
+    slots = _indices(1 - rows_axis, blocking.key) + step.key_block * blocking.key
+
+    def of_all_heads(array: jax.Array) -> jax.Array:
+        return jnp.concatenate([array] * call.heads, axis=rows_axis)
+
     segments = None
     if "query_segments" in inputs:
-        # Keys lie along the sublanes of a tile: their row of ids is turned once, all lanes alike.
-        of_keys = jnp.broadcast_to(inputs["key_segments"][...], (tiles.LANES, blocking.key))
-        segments = _repeat(inputs["query_segments"][...], call.heads), of_keys.T[:, :1]
-    repeated = _repeat(positions, call.heads)
-    return problem.seen(call.options, blocking, slots, repeated, segments, step.length)
+        segments = (
+            of_all_heads(_along(rows_axis, inputs["query_segments"][...])),
+            _along(1 - rows_axis, inputs["key_segments"][...]),
+        )
+    return problem.seen(
+        call.options, blocking, slots, of_all_heads(positions), segments, step.length
+    )
+
+
+def _indices(axis: int, size: int) -> jax.Array:
+    """0 .. size - 1 as a column (axis 0) or a row."""
+    return lax.broadcasted_iota(jnp.int32, (size, 1) if axis == 0 else (1, size), axis)
+
+
+def _along(axis: int, row: jax.Array) -> jax.Array:
+    """[1, N] as it is, or turned into a column (axis 0)."""
+    if axis == 1:
+        return row
+    return jnp.broadcast_to(row, (tiles.LANES, row.shape[1])).T[:, :1]
+
+
+def _wide(column: jax.Array, width: int) -> jax.Array:
+    """[N, 128], the same in all lanes -> [N, width]."""
+    return jnp.tile(column, (1, -(-width // tiles.LANES)))[:, :width]
+
+
+def _sum_of_registers(tile: jax.Array) -> jax.Array:
+    """[N, keys] -> [N, 128]: what is left to do is a sum over lanes, and that is slow."""
+    parts = [tile[:, start : start + tiles.LANES] for start in range(0, tile.shape[1], tiles.LANES)]
+    return functools.reduce(jnp.add, parts)
 
 
 def _rows(block: jax.Ref) -> jax.Array:
@@ -197,14 +234,9 @@ def _row(block: jax.Ref) -> jax.Array:
     return jnp.concatenate([block[x : x + 1, :] for x in range(block.shape[0])], axis=1)
 
 
-def _repeat(row: jax.Array, heads: int) -> jax.Array:
-    """[1, Tb] -> [1, rows], the same for every head."""
-    return jnp.concatenate([row] * heads, axis=1)
-
-
-def _write_queries(block: jax.Ref, transposed: jax.Array) -> None:
-    """[K, rows] -> [R, Tb, K] in its type."""
-    block[...] = transposed.T.reshape(block.shape).astype(block.dtype)
+def _write_queries(block: jax.Ref, rows: jax.Array) -> None:
+    """[rows, K] -> [R, Tb, K] in its type."""
+    block[...] = rows.reshape(block.shape).astype(block.dtype)
 
 
 def _prepare(

@@ -4,6 +4,8 @@ They work on arrays with the heads folded, query [B, G, R, T, K] and key [B, G, 
 query heads read one key head, so a block of keys is fetched once for all of them.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,6 +148,8 @@ def pad_places(places: Places, blocking: Blocking) -> Places:
 
 def key_bounds(options: Options, blocking: Blocking, places: Places) -> Bounds:
     """For each block of queries, the blocks of keys it has to do with. Places are padded."""
+    if _are_none(places):
+        return _known_bounds(_known(options, blocking))
     steps = blocking.num_key
     if places.positions is None:
         steps = min(steps, _most(options, blocking.query, blocking.key))
@@ -154,10 +158,41 @@ def key_bounds(options: Options, blocking: Blocking, places: Places) -> Bounds:
 
 def query_bounds(options: Options, blocking: Blocking, places: Places) -> Bounds:
     """For each block of keys, the blocks of queries it has to do with. Places are padded."""
+    if _are_none(places):
+        return _known_bounds(tuple(zip(*_known(options, blocking), strict=True)))
     steps = blocking.num_query
     if places.positions is None:
         steps = min(steps, _most(options, blocking.key, blocking.query))
     return _bounds(jnp.swapaxes(_needed(options, blocking, places), 1, 2), steps)
+
+
+def _are_none(places: Places) -> bool:
+    return all(place is None for place in places)
+
+
+@functools.cache
+def _known(options: Options, blocking: Blocking) -> tuple[tuple[bool, ...], ...]:
+    """`_needed` of the indices, [num_query][num_key], in Python: what is known when tracing.
+
+    The program then has nothing to compute before the kernel. (`jax.ensure_compile_time_eval`
+    would compile some twenty operations for it, and does not work inside shard_map.)
+    """
+    return tuple(
+        tuple(
+            _meet(options, blocking, query, query + blocking.query - 1, key * blocking.key)
+            for key in range(blocking.num_key)
+        )
+        for query in range(0, blocking.num_query * blocking.query, blocking.query)
+    )
+
+
+def _known_bounds(needed: Sequence[Sequence[bool]]) -> Bounds:
+    """As `_bounds`."""
+    blocks = len(needed[0])
+    first = [row.index(True) if any(row) else blocks for row in needed]
+    last = [blocks - 1 - row[::-1].index(True) if any(row) else -1 for row in needed]
+    steps = max(1, *(1 + end - start for start, end in zip(first, last, strict=True)))
+    return Bounds(jnp.asarray([first], jnp.int32), jnp.asarray([last], jnp.int32), steps)
 
 
 def _most(options: Options, block: int, other: int) -> int:
@@ -172,18 +207,11 @@ def _most(options: Options, block: int, other: int) -> int:
 def _needed(options: Options, blocking: Blocking, places: Places) -> jax.Array:
     """bool [B or 1, num_query, num_key]: false only where a block sees nothing of the other."""
     first_key = (jnp.arange(blocking.num_key) * blocking.key)[None, None, :]
-    last_key = jnp.minimum(first_key + blocking.key, blocking.keys) - 1
     positions = places.positions
     if positions is None:
         positions = jnp.arange(blocking.num_query * blocking.query)[None, :]
     low, high = (x[:, :, None] for x in _extremes(positions, blocking.num_query))
-    needed = (first_key <= last_key) & (high >= low)
-    if options.causal:
-        needed &= first_key <= high
-    if options.window is not None:
-        needed &= last_key > low - options.window
-        if not options.causal:
-            needed &= first_key < high + options.window
+    needed = _meet(options, blocking, low, high, first_key) & (low <= high)
     if places.lengths is not None:
         needed = needed & (first_key < places.lengths[:, None, None])
     if places.query_segments is not None and places.key_segments is not None:
@@ -191,6 +219,21 @@ def _needed(options: Options, blocking: Blocking, places: Places) -> jax.Array:
         key_low, key_high = _extremes(places.key_segments, blocking.num_key)
         needed = needed & (query_low[:, :, None] <= key_high[:, None, :])
         needed &= key_low[:, None, :] <= query_high[:, :, None]
+    return needed
+
+
+def _meet(options: Options, blocking: Blocking, low: Any, high: Any, first_key: Any) -> Any:
+    """Whether queries at low .. high may see the block of keys at first_key; ints or arrays."""
+    past_key = first_key + blocking.key
+    needed = first_key < blocking.keys
+    if options.causal:
+        needed = needed & (first_key <= high)
+    if options.window is not None:
+        # Of the last block not all slots exist: it ends where the keys do.
+        above = low - options.window + 1
+        needed = needed & (past_key > above) & (blocking.keys > above)
+        if not options.causal:
+            needed = needed & (first_key < high + options.window)
     return needed
 
 

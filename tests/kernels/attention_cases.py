@@ -47,7 +47,16 @@ def table(length: int, slots: int) -> dict[str, Case]:
     }
 
 
-SIZES = {"small": (37, 53), "large": (300, 270)}  # divisible by no block
+# Queries and slots: prime, of whole blocks (of 16, or 128), and one more; "large" divides by none.
+SIZES = {
+    "small": (37, 53),
+    "small_aligned": (32, 48),
+    "small_one_more": (33, 49),
+    "large": (300, 270),
+    "large_aligned": (256, 384),
+    "large_one_more": (257, 385),
+    "large_prime": (257, 269),
+}
 NAMES = tuple(table(*SIZES["small"]))
 
 

@@ -1,7 +1,6 @@
 """Attention, lean and reference, against the float64 oracle: what it sees, and what it costs."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,127 +10,35 @@ from jaxdistill.kernels import attention
 from jaxdistill.kernels.attention import xla
 
 from tests.kernels import attention_cases as cases
+from tests.kernels.attention_tests import AttentionTests
 
 BLOCKS = {"block_query": 8, "block_key": 16, "implementation": "xla"}
 WHOLE = {"implementation": "xla"}
 REFERENCE = {"implementation": "reference"}
 
-each_case = pytest.mark.parametrize("case", cases.NAMES)
 each_dtype = pytest.mark.parametrize(
     "dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"]
 )
-
-
-def each_way() -> pytest.MarkDecorator:
-    """(how, dtype); a compilation takes a second, so what is alike is slow."""
-    ways = {"blocks": BLOCKS, "whole": WHOLE, "reference": REFERENCE}
-    pairs = itertools.product(ways, ("float32", "bfloat16"))
-    by_default = {("blocks", "float32"), ("blocks", "bfloat16"), ("reference", "float32")}
-    return pytest.mark.parametrize(
-        ("how", "dtype"),
-        [
-            pytest.param(
-                ways[way],
-                jnp.dtype(dtype),
-                id=f"{way}-{dtype}",
-                marks=() if (way, dtype) in by_default else pytest.mark.slow,
-            )
-            for way, dtype in pairs
-        ],
-    )
 
 
 def small(name: str, dtype: jnp.dtype = jnp.float32) -> cases.Arrays:
     return cases.make(cases.case_of(name, "small"), dtype)
 
 
-@each_case
-@each_way()
-def test_against_float64(how: dict, dtype: jnp.dtype, case: str) -> None:
-    """Output, log-sum-exp and the gradients of all operands through both."""
-    cases.check(case, dtype, **how)
+class TestReference(AttentionTests):
+    how = REFERENCE
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=() if case == "everything" else pytest.mark.slow)
-        for case in cases.NAMES
-    ],
-)
-@pytest.mark.parametrize("how", [BLOCKS, REFERENCE], ids=["blocks", "reference"])
-def test_rows_on_four_devices(how: dict, case: str) -> None:
-    cases.check(case, jnp.float32, "shard_map", **how)
+class TestXla(AttentionTests):
+    how = BLOCKS
+    by_default = ("float32", "bfloat16")
 
 
-@pytest.mark.parametrize("how", [BLOCKS, REFERENCE], ids=["blocks", "reference"])
-@pytest.mark.parametrize("std", [0.01, 30.0, 3e4])
-def test_small_and_extreme_scores(std: float, how: dict) -> None:
-    if std < 100:
-        cases.check("window", jnp.float32, std=std, **how)
-        return
-    # float32 scores of 1e5 have errors of 1e-2: exact is only which one is the largest.
-    arrays = cases.make(cases.case_of("window", "small"), jnp.float32, std)
-    results = cases.in_place("jit", {"window": 7} | how)(arrays, {})
-    assert all(np.isfinite(x).all() for x in results)
+class TestXlaWhole(AttentionTests):
+    """One tile, without a loop."""
 
-
-@pytest.mark.parametrize("how", [BLOCKS, REFERENCE], ids=["blocks", "reference"])
-def test_extreme_scores_pick_one_key(how: dict) -> None:
-    """Scores of +-1e4 in the middle of smaller ones: the output is one value, to the last digit."""
-    keys = np.zeros((1, 40, 1, 1), np.float32)
-    keys[0, 13], keys[0, 30] = 1e4, -1e4
-    values = np.random.default_rng(0).normal(size=keys.shape).astype(np.float32)
-    query = np.ones_like(keys)
-    output, log_sum_exp = attention(
-        query, keys, values, causal=False, with_log_sum_exp=True, scale=1.0, **how
-    )
-    np.testing.assert_array_equal(output[0, :, 0, 0], np.full(40, values[0, 13, 0, 0]))
-    np.testing.assert_array_equal(log_sum_exp, np.full((1, 40, 1), 1e4, np.float32))
-
-
-@pytest.mark.parametrize("how", [BLOCKS, WHOLE, REFERENCE], ids=["blocks", "whole", "reference"])
-def test_a_row_that_sees_nothing_is_zero_without_gradient(how: dict) -> None:
-    arrays = small("causal")
-    lengths = np.array([37, 0, 1, 37])
-    run = cases.in_place("jit", how)
-    output, log_sum_exp, *gradients = run(arrays, {"lengths": lengths})
-    np.testing.assert_array_equal(output[1], 0)
-    np.testing.assert_array_equal(log_sum_exp[1], -np.inf)
-    for gradient in gradients:
-        assert np.isfinite(gradient).all()
-        np.testing.assert_array_equal(gradient[1], 0)
-    assert np.isfinite(np.asarray(log_sum_exp)[[0, 2, 3]]).all()
-
-
-@pytest.mark.parametrize("how", [BLOCKS, WHOLE, REFERENCE], ids=["blocks", "whole", "reference"])
-def test_packed_equals_unpacked(how: dict) -> None:
-    """Three sequences in one row, their ids in any order, or each in a row of its own."""
-    rng = np.random.default_rng(3)
-    segments = np.repeat([5, 1, 3], 12)[None]
-    shapes = ((1, 36, 4, 8), (1, 36, 2, 8), (1, 36, 2, 8), (1, 36, 4, 8), (1, 36, 4))
-    packed = cases.Arrays(*(rng.normal(size=x).astype(np.float32) for x in shapes))
-    unpacked = cases.Arrays(*(x.reshape(3, 12, *x.shape[2:]) for x in packed))
-    together = cases.in_place("jit", how)(packed, {"segment_ids": segments})
-    alone = cases.in_place("jit", how)(unpacked, {})
-    for one, other in zip(together, alone, strict=True):
-        np.testing.assert_allclose(one.reshape(other.shape), other, atol=2e-6)
-
-
-@pytest.mark.parametrize("how", [BLOCKS, WHOLE, REFERENCE], ids=["blocks", "whole", "reference"])
-def test_slots_past_the_length_are_never_looked_at(how: dict) -> None:
-    """Huge numbers there reach no value and no gradient; their own gradient is zero."""
-    arrays = small("causal")
-    lengths = np.array([37, 20, 1, 30])
-    past = np.arange(37)[None, :] >= lengths[:, None]
-    filled = arrays._replace(key=arrays.key.copy(), value=arrays.value.copy())
-    filled.key[past] = 1e30
-    filled.value[past] = 1e30
-    run = cases.in_place("jit", how)
-    clean, dirty = (run(x, {"lengths": lengths}) for x in (arrays, filled))
-    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
-    for gradient in dirty[3:]:
-        np.testing.assert_array_equal(gradient[past], 0)
+    how = WHOLE
+    by_default = ()
 
 
 def test_gradients_against_finite_differences() -> None:

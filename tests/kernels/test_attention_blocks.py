@@ -1,5 +1,7 @@
 """Blocks of attention: which are looked at, and which sizes fit."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,8 +77,11 @@ def test_a_window_shortens_the_grid() -> None:
     options = Options(True, 1000, None, 1.0, None, None, False)
     blocking = Blocking(512, 512, 64, 64, 64 * 512)
     places = Places(None, None, None, None)
-    assert problem.key_bounds(options, blocking, places).steps == 4
-    assert problem.query_bounds(options, blocking, places).steps == 4
+    # Slots 512 b - 999 ... 512 b + 511. Where lengths hide how long a row is, one more might be.
+    assert problem.key_bounds(options, blocking, places).steps == 3
+    assert problem.query_bounds(options, blocking, places).steps == 3
+    ragged = places._replace(lengths=jnp.full(2, 9))
+    assert problem.key_bounds(options, blocking, ragged).steps == 4
 
 
 def test_packed_sequences_look_at_their_own_blocks_alone() -> None:
@@ -107,3 +112,22 @@ def test_blocks_from_the_budget(
     blocking = pallas_grid.plan(options, query, 4096)
     assert (blocking.query, blocking.key) == expected
     assert blocking.num_query * blocking.query == 4096
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"causal": False, "window": 7}])
+def test_what_is_known_when_tracing_is_not_computed_in_the_program(options: dict) -> None:
+    """And it is what the program computes where it is not known."""
+    static = Options(
+        options.get("causal", True), options.get("window"), None, 1.0, None, None, False
+    )
+    blocking = Blocking(QUERY, KEY, 5, 4, 53)
+    indices = jnp.arange(5 * QUERY)[None, :]
+    for bounds in (problem.key_bounds, problem.query_bounds):
+
+        def known(bounds: Callable = bounds) -> tuple[jax.Array, jax.Array]:
+            return bounds(static, blocking, Places(None, None, None, None))[:2]
+
+        computed = bounds(static, blocking, Places(indices, None, None, None))
+        for actual, expected in zip(known(), computed[:2], strict=True):
+            np.testing.assert_array_equal(actual, expected)
+        assert not jax.make_jaxpr(known)().eqns

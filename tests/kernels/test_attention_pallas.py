@@ -12,10 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxdistill.kernels import ImplementationError, attention, dispatch, on_tpu
 
 from tests.kernels import attention_cases as cases
+from tests.kernels.attention_tests import AttentionTests
 
 BLOCKS = {"block_query": 128, "block_key": 128, "implementation": "pallas"}
-
-each_case = pytest.mark.parametrize("case", cases.NAMES)
 
 
 @pytest.fixture
@@ -26,15 +25,29 @@ def interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
     on_tpu.INTERPRET.reset(token)
 
 
-@each_case
-@pytest.mark.parametrize(
-    "dtype",
-    [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)],
-    ids=["float32", "bfloat16"],
-)
+@pytest.fixture
+def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    yield
+    assert "RACE" not in capfd.readouterr().out.upper()
+
+
 @pytest.mark.usefixtures("interpreted")
-def test_against_float64(dtype: jnp.dtype, case: str) -> None:
-    cases.check(case, dtype, size="large", **BLOCKS)
+class TestPallas(AttentionTests):
+    how = BLOCKS
+    size = "large"
+
+
+NAN_MEMORY = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interpreted", [NAN_MEMORY], indirect=True, ids=["nan_and_races"])
+@pytest.mark.usefixtures("interpreted", "no_races")
+class TestPallasNanMemory(AttentionTests):
+    """In the simulation of a TPU's memories, where nothing is zero before it is written."""
+
+    how = BLOCKS
+    size = "large"
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -42,46 +55,11 @@ def test_bfloat16_by_default_blocks() -> None:
     cases.check("everything", jnp.bfloat16, size="large", implementation="pallas")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(name, marks=() if name == "everything" else pytest.mark.slow)
-        for name in cases.NAMES
-    ],
-)
-@pytest.mark.parametrize(
-    "interpreted",
-    [pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)],
-    indirect=True,
-    ids=["nan_and_races"],
-)
-@pytest.mark.usefixtures("interpreted")
-def test_memory_full_of_nan_and_races(case: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """In the simulation of a TPU's memories, where nothing is zero before it is written."""
-    cases.check(case, jnp.float32, size="large", **BLOCKS)
-    assert "RACE" not in capfd.readouterr().out.upper()
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_rows_on_four_devices() -> None:
-    cases.check("everything", jnp.float32, "shard_map", size="large", **BLOCKS)
-
-
-@pytest.mark.parametrize("std", [0.01, 30.0])
-@pytest.mark.usefixtures("interpreted")
-def test_small_and_large_scores(std: float) -> None:
-    cases.check("window", jnp.float32, std=std, size="large", **BLOCKS)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_extreme_scores_pick_one_key() -> None:
-    keys = np.zeros((1, 200, 1, 8), np.float32)
-    keys[0, 130], keys[0, 190] = 1e4 / 8, -1e4 / 8
-    values = np.random.default_rng(0).normal(size=keys.shape).astype(np.float32)
-    options: dict[str, Any] = {"causal": False, "with_log_sum_exp": True, "scale": 1.0}
-    output, sums = attention(np.ones_like(keys), keys, values, **options, **BLOCKS)
-    np.testing.assert_array_equal(output[0, :, 0], np.broadcast_to(values[0, 130], (200, 8)))
-    np.testing.assert_array_equal(sums, np.full((1, 200, 1), 1e4, np.float32))
+@pytest.mark.parametrize("interpreted", [NAN_MEMORY], indirect=True, ids=["nan_and_races"])
+@pytest.mark.usefixtures("interpreted", "no_races")
+def test_memory_full_of_nan_and_races() -> None:
+    """What `TestPallasNanMemory` does, once by default."""
+    cases.check("everything", jnp.float32, size="large", **BLOCKS)
 
 
 def test_on_a_cpu_it_refuses_when_lowered() -> None:
