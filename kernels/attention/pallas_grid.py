@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxdistill.kernels import generation, on_tpu, tiles
+from jaxdistill.kernels import generation, on_tpu, searched_blocks, tiles
 from jaxdistill.kernels.attention.problem import Blocking, Bounds, Options, Places
 from jaxdistill.kernels.dispatch import ImplementationError
 
@@ -54,10 +54,11 @@ def plan(options: Options, query: jax.Array, slots: int) -> Blocking:
       ImplementationError: not even the smallest fits.
     """
     heads, length, width = query.shape[2:]
+    max_rows, max_keys = _largest(width, query.dtype.itemsize)
     sizes = [tiles.LANES << x for x in range(4)]
-    up_to = max(MAX_ROWS // heads, tiles.LANES)
+    up_to = max(max_rows // heads, tiles.LANES)
     queries = [x for x in sizes if x <= up_to and x < 2 * length] or sizes[:1]
-    keys = [x for x in sizes if x <= MAX_KEYS and x < 2 * slots] or sizes[:1]
+    keys = [x for x in sizes if x <= max_keys and x < 2 * slots] or sizes[:1]
     pairs = itertools.product(
         [options.block_query] if options.block_query else queries,
         [options.block_key] if options.block_key else keys,
@@ -78,6 +79,13 @@ def plan(options: Options, query: jax.Array, slots: int) -> Blocking:
     return Blocking(
         block_query, block_key, -(-length // block_query), -(-slots // block_key), slots
     )
+
+
+def _largest(width: int, itemsize: int) -> tuple[int, int]:
+    """Rows and keys of the tile to take where there is room: what the search found, if it did."""
+    target = generation.target()
+    known = (target and target.generation) or ""
+    return searched_blocks.ATTENTION.get((known, width, itemsize), (MAX_ROWS, MAX_KEYS))
 
 
 def vmem_of(rows: int, keys: int, width: int, itemsize: int) -> int:
