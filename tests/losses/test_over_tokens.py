@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxdistill.kernels import tiles
+from jaxdistill.kernels.over_tokens import Model, over_tokens
 
 from jaxdistill import losses
 from jaxdistill.losses import from_hidden
-from jaxdistill.losses.from_hidden.over_tokens import Model, over_tokens
 
 RNG = np.random.default_rng(0)
 HIDDEN, HEAD = (RNG.normal(size=shape).astype(np.float32) for shape in ((3, 5, 4), (11, 4)))

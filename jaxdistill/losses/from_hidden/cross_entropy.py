@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.kernels import linear_cross_entropy
+from jaxdistill.kernels.over_tokens import over_labels
 from jaxdistill.losses import checks
 from jaxdistill.losses import cross_entropy as losses_of_logits
-from jaxdistill.losses.from_hidden.over_tokens import over_labels
 
 
 def cross_entropy(

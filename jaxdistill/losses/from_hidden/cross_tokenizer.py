@@ -2,8 +2,8 @@
 
 import jax
 
+from jaxdistill.kernels.over_tokens import Model, over_tokens
 from jaxdistill.losses import cross_tokenizer
-from jaxdistill.losses.from_hidden.over_tokens import Model, over_tokens
 
 
 def universal_logit(

@@ -4,9 +4,9 @@ from typing import Unpack
 
 import jax
 
+from jaxdistill.kernels.over_tokens import Model, over_tokens
 from jaxdistill.losses import curio
 from jaxdistill.losses.from_hidden.cross_entropy import log_probs
-from jaxdistill.losses.from_hidden.over_tokens import Model, over_tokens
 from jaxdistill.losses.from_hidden.preference import HeadOptions
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.kernels import arguments, linear_divergence
+from jaxdistill.kernels.over_tokens import Model, over_tokens
 from jaxdistill.losses import divergence
 from jaxdistill.losses.distribution import times_temperature_squared
-from jaxdistill.losses.from_hidden.over_tokens import Model, over_tokens
 
 ArrayLike = jax.typing.ArrayLike
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxdistill.kernels import arguments, linear_cross_entropy
+from jaxdistill.kernels.over_tokens import over_labels
 from jaxdistill.losses import checks, sft
 from jaxdistill.losses.distribution import log_softmax
 from jaxdistill.losses.from_hidden.cross_entropy import log_probs
 from jaxdistill.losses.from_hidden.divergence import forward_kl
-from jaxdistill.losses.from_hidden.over_tokens import over_labels
 from jaxdistill.losses.from_hidden.preference import HeadOptions
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from jaxdistill.kernels import arguments, linear_cross_entropy, linear_divergence_top_k
 from jaxdistill.kernels.linear_divergence.records import check_distinct, check_ids
+from jaxdistill.kernels.over_tokens import Model, over_tokens
 from jaxdistill.losses import checks, sampled_divergence, sparse_divergence
 from jaxdistill.losses import first as calibrated
 from jaxdistill.losses.distribution import log_softmax, times_temperature_squared
-from jaxdistill.losses.from_hidden.over_tokens import Model, over_tokens
 from jaxdistill.losses.from_hidden.preference import HeadOptions
 from jaxdistill.losses.sampled_divergence import TeacherSamples
 from jaxdistill.losses.sparse_divergence import TeacherTopK

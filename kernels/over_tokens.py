@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-
 from jaxdistill.kernels import arguments, tiles
 from jaxdistill.kernels.dispatch import ImplementationError
 
