@@ -3,7 +3,14 @@
 import itertools
 
 import pytest
-from jaxdistill.kernels import ImplementationError, blocks, compiling_for, generation
+from jaxdistill.kernels import (
+    ImplementationError,
+    blocks,
+    compiling_for,
+    generation,
+    searched_blocks,
+)
+from jaxdistill.kernels.attention import pallas_grid
 from jaxdistill.kernels.blocks import FORWARD, HEAD_GRADIENT, HIDDEN_GRADIENT, Sizes, Sweep, Tile
 
 SWEEPS = (FORWARD, HIDDEN_GRADIENT, HEAD_GRADIENT)
@@ -100,3 +107,50 @@ def test_a_gradient_needs_its_sum_and_twice_its_output() -> None:
     assert forward >= 2 * 2 * 2048 * (256 + 128) + 4 * 256 * 128
     forward, hidden, _ = (blocks.vmem_of(s, tile._replace(parts=2), sizes) for s in SWEEPS)
     assert hidden - forward == 256 * (2048 * (4 + 2) + product)
+
+
+def test_what_was_searched_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a problem that fills such tiles, names no size itself and is for that TPU."""
+    found = (64, 256, 1)
+    monkeypatch.setattr(
+        searched_blocks, "HEADS", {("linear_cross_entropy_forward", "v5e", (2048,), 2): found}
+    )
+
+    def chosen(sizes: Sizes, sweep: Sweep = FORWARD) -> tuple:
+        return blocks.choose_tile("linear_cross_entropy", sweep, sizes)
+
+    large = Sizes(8192, 151_936, (2048,), 2)
+    assert chosen(large) != found
+    with compiling_for("v6e"):
+        assert chosen(large) != found
+    with compiling_for("v5e"):
+        assert chosen(large) == found
+        assert chosen(large, HEAD_GRADIENT) != found
+        for change in (
+            {"num_tokens": 8193},
+            {"vocab_size": 130},
+            {"widths": (2049,)},
+            {"itemsize": 4},
+            {"chunks": (128, 256)},
+            {"labels": 2},
+        ):
+            assert chosen(large._replace(**change)) != found, change
+
+
+@pytest.mark.parametrize(("key", "tile"), searched_blocks.HEADS.items(), ids=str)
+def test_what_was_searched_fits(key: tuple, tile: tuple) -> None:
+    name, target, widths, itemsize = key
+    sweeps = {"forward": FORWARD, "hidden_gradient": HIDDEN_GRADIENT}
+    sweep = next((x for n, x in sweeps.items() if name.endswith(n)), HEAD_GRADIENT)
+    sizes = Sizes(8192, 151_936, widths, itemsize)
+    with compiling_for(target):
+        assert blocks.vmem_of(sweep, Tile(*tile), sizes) <= blocks.budget()
+        assert blocks.choose_tile(name.removesuffix(f"_{sweep.name}"), sweep, sizes) == tile
+
+
+@pytest.mark.parametrize(("key", "tile"), searched_blocks.ATTENTION.items(), ids=str)
+def test_what_was_searched_for_attention_fits(key: tuple, tile: tuple[int, int]) -> None:
+    target, width, itemsize = key
+    with compiling_for(target):
+        budget = generation.vmem_limit() - pallas_grid.MARGIN_BYTES
+        assert pallas_grid.vmem_of(*tile, width, itemsize) <= budget
