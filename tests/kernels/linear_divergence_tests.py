@@ -153,7 +153,7 @@ class LinearDivergenceTests:
     implementation, chunks: the arguments that name an implementation and its chunks.
     vocabularies: aligned, V + 1 and prime, for these chunks.
     models: which ones are compared with the oracle.
-    few: kinds that run by default where every kind takes a compilation; all by default.
+    few, layouts: the kinds and layouts that run by default where each takes a compilation.
     """
 
     implementation: ClassVar[str]
@@ -162,6 +162,7 @@ class LinearDivergenceTests:
     products: ClassVar[int] = 4
     models: ClassVar[Models] = SMALL
     few: ClassVar[tuple[str, ...]] = tuple(KINDS)
+    layouts: ClassVar[tuple[str, ...]] = ("vd", "dv")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -191,6 +192,9 @@ class LinearDivergenceTests:
         elif "kind" in metafunc.fixturenames:
             kinds = [pytest.param(x, marks=slow_unless(x in self.few)) for x in KINDS]
             metafunc.parametrize("kind", kinds)
+        if "layout" in metafunc.fixturenames:
+            layouts = [pytest.param(x, marks=slow_unless(x in self.layouts)) for x in ("vd", "dv")]
+            metafunc.parametrize("layout", layouts)
 
     def test_matrix(self, kind: str, vocab_size: int, place: str, dtype: jnp.dtype) -> None:
         values = functools.partial(matrix_values, kind, self.options)
@@ -207,7 +211,6 @@ class LinearDivergenceTests:
         assert len(types) >= self.products
         assert set(types) == {"f32"}
 
-    @pytest.mark.parametrize("layout", ["vd", "dv"])
     def test_equals_oracle(self, kind: str, layout: str) -> None:
         check_against_oracle(kind, self.models, layout, **self.options)
 
@@ -298,10 +301,11 @@ class LinearDivergenceTests:
 
     def test_under_vmap(self) -> None:
         """A batch of heads, as of an ensemble of teachers."""
-        heads = np.stack([WIDE.teacher[1], WIDE.teacher[1][::-1]])
-        options = self.options | {"vocab_size": WIDE.columns}
+        models = self.models
+        heads = np.stack([models.teacher[1], models.teacher[1][::-1]])
+        options = self.options | {"vocab_size": models.columns}
 
         def of(head: jax.Array) -> jax.Array:
-            return linear_divergence(*WIDE.student, WIDE.teacher[0], head, **options)
+            return linear_divergence(*models.student, models.teacher[0], head, **options)
 
         np.testing.assert_allclose(jax.vmap(of)(heads), [of(x) for x in heads], atol=1e-6)

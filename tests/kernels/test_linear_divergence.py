@@ -13,6 +13,7 @@ from tests.kernels.linear_divergence_tests import (
 class TestReference(LinearDivergenceTests):
     implementation = "reference"
     chunks: ClassVar[dict[str, int]] = {}
+    layouts = ("vd",)
 
     def by_default(self, kind: str, vocab_size: int, place: str, dtype: str) -> bool:
         return (kind, vocab_size, place, dtype) == ("reverse_kl", 65, "jit", "float32")
