@@ -1,7 +1,6 @@
 """The TPU kernels of attention, interpreted on a CPU; `test_attention_tpu` compiles them."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,20 +14,6 @@ from tests.kernels import attention_cases as cases
 from tests.kernels.attention_tests import AttentionTests
 
 BLOCKS = {"block_query": 128, "block_key": 128, "implementation": "pallas"}
-
-
-@pytest.fixture
-def interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Kernels run on the CPU; by default in the interpreter that knows nothing of memory."""
-    token = on_tpu.INTERPRET.set(getattr(request, "param", True))
-    yield
-    on_tpu.INTERPRET.reset(token)
-
-
-@pytest.fixture
-def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    yield
-    assert "RACE" not in capfd.readouterr().out.upper()
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -3,60 +3,78 @@
 import functools
 import logging
 import re
-from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jaxdistill.kernels import ImplementationError, blocks, dispatch, linear_cross_entropy, on_tpu
+from jaxdistill.kernels import ImplementationError, blocks, dispatch, linear_cross_entropy
 
-from tests.kernels import matrix, oracle
+from tests.kernels import oracle
+from tests.kernels.linear_cross_entropy_tests import (
+    HEAD,
+    HIDDEN,
+    LinearCrossEntropyTests,
+    assert_equals_oracle,
+    compiled,
+)
 
 CHUNKS = {"chunk_tokens": 16, "chunk_vocab": 128, "implementation": "pallas"}
-# Aligned, V + 1, prime: in blocks of 128 the last one is full, has 1 column, has 7.
-VOCABULARIES = (256, 257, 263)
-MEMORY = {"uninitialized_memory": "nan", "out_of_bounds_reads": "uninitialized"}
-
-
-@pytest.fixture(autouse=True)
-def _not_interpreted_by_others() -> Iterator[None]:
-    token = on_tpu.INTERPRET.set(False)
-    yield
-    on_tpu.INTERPRET.reset(token)
-
-
-def values_of(*arrays: jax.Array) -> jax.Array:
-    hidden, head, _, _, labels = arrays
-    options = CHUNKS | {"temperature": matrix.TEMPERATURE}
-    return -linear_cross_entropy(hidden, head, labels, **options).log_prob
-
-
-def expected(arrays: tuple[np.ndarray, ...], weights: np.ndarray) -> tuple:
-    student, _ = matrix.flat_models(arrays)
-    cotangents = -weights, np.zeros_like(weights), np.zeros_like(weights)
-    labels = arrays[4].reshape(-1)
-    (log_prob, _, _), gradients = oracle.cross_entropy(
-        *student, labels, cotangents, matrix.TEMPERATURE
-    )
-    return -log_prob, gradients, gradients
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "place"),
-    [(vocab_size, "jit") for vocab_size in VOCABULARIES]
-    + [pytest.param(x, "shard_map", marks=pytest.mark.slow) for x in VOCABULARIES],
+MEMORY = {
+    "uninitialized_memory": "nan",
+    "out_of_bounds_reads": "uninitialized",
+    "detect_races": True,
+}
+NAN_MEMORY = pltpu.InterpretParams(**MEMORY)
+no_batches = pytest.mark.xfail(
+    raises=ValueError, strict=True, reason="jax's simulation of a TPU takes no batched grid"
 )
-@matrix.each_dtype
-def test_matrix(dtype: jnp.dtype, vocab_size: int, place: str) -> None:
-    """The plain interpreter does not run inside shard_map; that of a TPU does, slowly."""
-    on_tpu.INTERPRET.set(True if place == "jit" else pltpu.InterpretParams(**MEMORY))
-    matrix.assert_against_float64(values_of, expected, vocab_size, dtype, place)
+TWO_CORES = pltpu.InterpretParams(**MEMORY, num_cores_or_threads=2, random_seed=0)
+
+
+@pytest.mark.usefixtures("interpreted")
+class TestPallas(LinearCrossEntropyTests):
+    """Aligned, V + 1, prime: in blocks of 128 the last one is full, has 1 column, has 7."""
+
+    implementation = "pallas"
+    chunks: ClassVar[dict[str, int]] = {"chunk_tokens": 16, "chunk_vocab": 128}
+    vocabularies = (256, 257, 263)
+    products = 5  # logits three times, both gradients
+
+    def by_default(self, vocab_size: int, place: str, dtype: str) -> bool:
+        return place == "jit"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interpreted", [NAN_MEMORY], indirect=True, ids=["nan_and_races"])
+@pytest.mark.usefixtures("interpreted", "no_races")
+class TestPallasNanMemory(TestPallas):
+    """In the simulation of a TPU's memories, where nothing is zero before it is written."""
+
+    @no_batches
+    def test_vmap_equals_a_loop(self) -> None:
+        super().test_vmap_equals_a_loop()
+
+    @no_batches
+    def test_vmap_of_several_labels_equals_a_loop(self) -> None:
+        super().test_vmap_of_several_labels_equals_a_loop()
+
+
+@pytest.mark.parametrize(("chunk_tokens", "chunk_vocab"), [(None, None), (64, 384), (None, 128)])
+@pytest.mark.usefixtures("interpreted")
+def test_sizes_of_chunks_change_nothing(chunk_tokens: int | None, chunk_vocab: int | None) -> None:
+    """Of 384 columns the last block is padding alone."""
+    sizes = {"chunk_tokens": chunk_tokens, "chunk_vocab": chunk_vocab}
+    outputs, gradients = compiled(implementation="pallas", **sizes)(HIDDEN, HEAD)
+    assert_equals_oracle(outputs, *gradients)
 
 
 @pytest.mark.parametrize("layout", ["vd", "dv"])
-def test_no_memory_is_read_unwritten_and_no_race(layout: str, capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("interpreted", [TWO_CORES], indirect=True, ids=["two_cores"])
+@pytest.mark.usefixtures("interpreted", "no_races")
+def test_no_memory_is_read_unwritten_and_no_race(layout: str) -> None:
     """On a TPU of two cores that take parallel blocks in any order: 3 of tokens, 3 of columns."""
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(39, 8)), rng.normal(size=(261, 8))
@@ -73,29 +91,15 @@ def test_no_memory_is_read_unwritten_and_no_race(layout: str, capfd: pytest.Capt
         outputs, pull = jax.vjp(function, *arrays)
         return *outputs, *pull(tuple(jnp.asarray(cotangents, jnp.float32)))
 
-    on_tpu.INTERPRET.set(
-        pltpu.InterpretParams(**MEMORY, detect_races=True, num_cores_or_threads=2, random_seed=0)
-    )
     found = jax.block_until_ready(run(*arrays))
     true_outputs, true_gradients = oracle.cross_entropy(hidden, head, labels, tuple(cotangents))
     for actual, true in zip(found, (*true_outputs, *true_gradients), strict=True):
         np.testing.assert_allclose(actual, true, atol=3e-5)
-    assert "RACE" not in capfd.readouterr().out
 
 
-def test_every_product_accumulates_in_float32() -> None:
-    """A CPU may keep digits that bfloat16 drops, so the program says it, not the numbers."""
-    on_tpu.INTERPRET.set(True)
-    arrays = *matrix.make(3.0, 257, jnp.bfloat16), matrix.masks()["none"]
-    function = functools.partial(matrix.run, values_of, None)
-    types = re.findall(r":(\w+)\[[^\]]*\] = dot_general", str(jax.make_jaxpr(function)(*arrays)))
-    assert len(types) >= 5  # logits three times, both gradients
-    assert set(types) == {"f32"}
-
-
+@pytest.mark.usefixtures("interpreted")
 def test_wide_states_are_summed_in_parts() -> None:
     """Width 1100: parts of 512, 512 and 76."""
-    on_tpu.INTERPRET.set(True)
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(20, 1100)).astype(np.float32) / 30
     head, labels = rng.normal(size=(200, 1100)).astype(np.float32), rng.integers(0, 200, 20)
@@ -116,10 +120,11 @@ def test_wide_states_are_summed_in_parts() -> None:
 
 
 @pytest.mark.parametrize("layout", ["vd", "dv"])
+@pytest.mark.parametrize("interpreted", [NAN_MEMORY], indirect=True, ids=["nan_and_races"])
+@pytest.mark.usefixtures("interpreted", "no_races")
 def test_wide_states_are_read_in_parts(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Width 384 in three parts, which VMEM would not ask for; columns past 290 hold NaN."""
     monkeypatch.setattr(blocks, "seconds_of", lambda _sweep, tile, _sizes: -tile.parts)
-    on_tpu.INTERPRET.set(pltpu.InterpretParams(**MEMORY, detect_races=True))
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(39, 384)).astype(np.float32) / 20
     head, labels = rng.normal(size=(300, 384)).astype(np.float32), rng.integers(0, 290, 39)
@@ -144,9 +149,9 @@ def test_wide_states_are_read_in_parts(layout: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("vocabulary", "width"), [(384, 8), (20, 128)])
 @pytest.mark.parametrize("layout", ["vd", "dv"])
+@pytest.mark.usefixtures("interpreted")
 def test_a_head_may_be_read_transposed(layout: str, vocabulary: int, width: int) -> None:
     """Where one side fills registers and the other does not; what comes back lies as the head."""
-    on_tpu.INTERPRET.set(True)
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(20, width)).astype(np.float32)
     head = rng.normal(size=(vocabulary, width)).astype(np.float32)
@@ -170,18 +175,18 @@ def test_a_head_may_be_read_transposed(layout: str, vocabulary: int, width: int)
 
 # ---- Which calls it serves ---------------------------------------------------------------------
 
-HIDDEN, HEAD, LABELS = np.ones((4, 8), np.float32), np.ones((130, 8), np.float32), np.zeros(4, int)
+STATES, ROWS, LABELS = np.ones((4, 8), np.float32), np.ones((130, 8), np.float32), np.zeros(4, int)
 
 
 def test_a_program_for_a_cpu_is_refused() -> None:
     def log_prob(hidden: np.ndarray) -> jax.Array:
-        return linear_cross_entropy(hidden, HEAD, LABELS, implementation="pallas").log_prob
+        return linear_cross_entropy(hidden, ROWS, LABELS, implementation="pallas").log_prob
 
     for function in (log_prob, jax.jit(log_prob), jax.grad(lambda x: log_prob(x).sum())):
         with pytest.raises(
             ImplementationError, match="this program is lowered for cpu: choose 'xla"
         ):
-            function(HIDDEN)
+            function(STATES)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,7 @@ def test_a_program_for_a_cpu_is_refused() -> None:
 )
 def test_sizes_it_cannot_hold_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ImplementationError, match=message):
-        linear_cross_entropy(HIDDEN, HEAD, LABELS, implementation="pallas", **change)
+        linear_cross_entropy(STATES, ROWS, LABELS, implementation="pallas", **change)
 
 
 def test_a_width_beyond_vmem_is_refused() -> None:
@@ -245,7 +250,7 @@ def test_it_is_lowered_for_a_tpu_where_there_is_none() -> None:
         return out.log_prob.sum()
 
     function = jax.jit(jax.grad(total, argnums=(0, 1)))
-    text = function.trace(HIDDEN, HEAD).lower(lowering_platforms=("tpu",)).as_text()
+    text = function.trace(STATES, ROWS).lower(lowering_platforms=("tpu",)).as_text()
     names = re.findall(r"kernel_name = \"(\w+)\"", text)
     sweeps = "forward", "hidden_gradient", "head_gradient"
     assert names == [f"linear_cross_entropy_{sweep}" for sweep in sweeps]

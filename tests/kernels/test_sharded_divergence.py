@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 from jaxdistill.kernels import linear_divergence, on_tpu
 
-from tests.kernels.test_linear_divergence import KINDS
+from tests.kernels.linear_divergence_tests import KINDS
 
 RNG = np.random.default_rng(0)
 STUDENT = RNG.normal(size=(4, 3, 8)).astype(np.float32), RNG.normal(size=(64, 8)).astype(np.float32)
