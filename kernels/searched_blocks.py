@@ -36,6 +36,21 @@ HEADS: dict[tuple[str, str, tuple[int, ...], int], tuple[int, int, int]] = {
     ("linear_divergence_forward", "v5p", (2048, 4096), 2): (512, 512, 1),
     ("linear_divergence_hidden_gradient", "v5p", (2048, 4096), 2): (512, 256, 1),
     ("linear_divergence_head_gradient", "v5p", (2048, 4096), 2): (1024, 128, 1),
+    ("linear_cross_entropy_forward", "v6e", (576,), 2): (512, 1024, 1),
+    ("linear_cross_entropy_hidden_gradient", "v6e", (576,), 2): (512, 1024, 1),
+    ("linear_cross_entropy_head_gradient", "v6e", (576,), 2): (1024, 512, 1),
+    ("linear_cross_entropy_forward", "v6e", (2048,), 2): (1024, 512, 1),
+    ("linear_cross_entropy_hidden_gradient", "v6e", (2048,), 2): (512, 1024, 1),
+    ("linear_cross_entropy_head_gradient", "v6e", (2048,), 2): (1024, 512, 1),
+    ("linear_cross_entropy_forward", "v6e", (4096,), 2): (1024, 512, 1),
+    ("linear_cross_entropy_hidden_gradient", "v6e", (4096,), 2): (512, 1024, 1),
+    ("linear_cross_entropy_head_gradient", "v6e", (4096,), 2): (1024, 512, 1),
+    ("linear_divergence_forward", "v6e", (576, 576), 2): (512, 512, 1),
+    ("linear_divergence_hidden_gradient", "v6e", (576, 576), 2): (512, 512, 1),
+    ("linear_divergence_head_gradient", "v6e", (576, 576), 2): (1024, 256, 1),
+    ("linear_divergence_forward", "v6e", (2048, 4096), 2): (512, 512, 1),
+    ("linear_divergence_hidden_gradient", "v6e", (2048, 4096), 2): (512, 512, 1),
+    ("linear_divergence_head_gradient", "v6e", (2048, 4096), 2): (1024, 256, 1),
 }
 
 # Generation, width of a head, bytes of a number -> rows and keys of a tile.
@@ -46,4 +61,7 @@ ATTENTION: dict[tuple[str, int, int], tuple[int, int]] = {
     ("v5p", 64, 2): (1024, 1024),
     ("v5p", 128, 2): (1024, 1024),
     ("v5p", 256, 2): (1024, 1024),
+    ("v6e", 64, 2): (1024, 1024),
+    ("v6e", 128, 2): (1024, 1024),
+    ("v6e", 256, 2): (1024, 1024),
 }
