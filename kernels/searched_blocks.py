@@ -51,6 +51,18 @@ HEADS: dict[tuple[str, str, tuple[int, ...], int], tuple[int, int, int]] = {
     ("linear_divergence_forward", "v6e", (2048, 4096), 2): (512, 512, 1),
     ("linear_divergence_hidden_gradient", "v6e", (2048, 4096), 2): (512, 512, 1),
     ("linear_divergence_head_gradient", "v6e", (2048, 4096), 2): (1024, 256, 1),
+    ("linear_cross_entropy_forward", "tpu7x", (576,), 2): (512, 1024, 1),
+    ("linear_cross_entropy_hidden_gradient", "tpu7x", (576,), 2): (256, 2048, 1),
+    ("linear_cross_entropy_head_gradient", "tpu7x", (576,), 2): (1024, 512, 1),
+    ("linear_cross_entropy_forward", "tpu7x", (4096,), 2): (512, 256, 1),
+    ("linear_cross_entropy_hidden_gradient", "tpu7x", (4096,), 2): (512, 256, 1),
+    ("linear_cross_entropy_head_gradient", "tpu7x", (4096,), 2): (512, 256, 1),
+    ("linear_divergence_forward", "tpu7x", (576, 576), 2): (512, 512, 1),
+    ("linear_divergence_hidden_gradient", "tpu7x", (576, 576), 2): (256, 1024, 1),
+    ("linear_divergence_head_gradient", "tpu7x", (576, 576), 2): (256, 1024, 1),
+    ("linear_divergence_forward", "tpu7x", (2048, 4096), 2): (512, 256, 1),
+    ("linear_divergence_hidden_gradient", "tpu7x", (2048, 4096), 2): (256, 512, 1),
+    ("linear_divergence_head_gradient", "tpu7x", (2048, 4096), 2): (256, 512, 1),
 }
 
 # Generation, width of a head, bytes of a number -> rows and keys of a tile.
@@ -64,4 +76,7 @@ ATTENTION: dict[tuple[str, int, int], tuple[int, int]] = {
     ("v6e", 64, 2): (1024, 1024),
     ("v6e", 128, 2): (1024, 1024),
     ("v6e", 256, 2): (1024, 1024),
+    ("tpu7x", 64, 2): (1024, 1024),
+    ("tpu7x", 128, 2): (1024, 1024),
+    ("tpu7x", 256, 2): (1024, 1024),
 }
