@@ -249,6 +249,7 @@ def main() -> None:
     parser.add_argument("--generations", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, on the CPU")
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # libtpu is here, a TPU is not
     if options.table == "memory":
         print_memory(options.generations)
     elif options.table == "cycles":

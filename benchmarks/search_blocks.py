@@ -4,9 +4,9 @@
     python -m benchmarks.search_blocks           # half an hour on 2 cores
 
 The tiles that `kernels.blocks` reckons best are compiled for each generation that has an estimate
-(v4 has none), at widths of common models in bfloat16, and the best of each kernel is written to
-`kernels/searched_blocks.py`. A tile of attention serves all three of its kernels, so their sum
-counts.
+(v4 has none, tpu7x none of some kernels), at widths of common models in bfloat16, and the best of
+each kernel is written to `kernels/searched_blocks.py`. A tile of attention serves all three of its
+kernels, so their sum counts.
 """
 
 import itertools
@@ -67,7 +67,7 @@ def search_heads(generation: str) -> HeadTiles:
                     if isinstance(result, Compiled) and (cycles := _cycles_of(name, result))
                 }
                 print(generation, name, widths, {tuple(x): y for x, y in counted.items()})
-                if counted:
+                if len(counted) > 1:  # else there was nothing to choose from
                     best[name, generation, widths, ITEMSIZE] = min(counted, key=counted.__getitem__)
     return best
 
