@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxdistill.kernels import blocks, head_grid
 from jaxdistill.kernels.blocks import HEAD_GRADIENT, HIDDEN_GRADIENT, Sweep, Tile
 from jaxdistill.kernels.head_grid import Layout, Operands, Place
+from jaxdistill.kernels.tiles import dot, lane_max, lane_sum
 
 
 def statistics(
@@ -84,7 +85,7 @@ def add_logits(place: Place, operands: Operands, raw: Sequence[Any]) -> None:
 
     def part(model: head_grid.Model, axis: int) -> jax.Array:
         block = model.head[...].astype(model.hidden.dtype)
-        return _dot(model.hidden[...], block, (1, 1 - axis))
+        return dot(model.hidden[...], block, (1, 1 - axis))
 
     every = list(zip(raw, operands.models, place.layout.vocab_axes, strict=True))
 
@@ -99,10 +100,6 @@ def add_logits(place: Place, operands: Operands, raw: Sequence[Any]) -> None:
         def _() -> None:
             for logits, model, axis in every:
                 logits[...] += part(model, axis)
-
-
-# A sum over the columns of a tile is kept for each lane apart, [tokens, LANES]: adding registers is
-# what the unit does best, adding the lanes of one what it does worst. The last step does that once.
 
 
 class Absorbed(NamedTuple):
@@ -120,31 +117,9 @@ def absorb(maximum: Any, total: Any, logits: jax.Array) -> Absorbed:
     return Absorbed(centred, shift)
 
 
-def lane_max(values: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.maximum, _registers(values))
-
-
-def lane_sum(values: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.add, _registers(values))
-
-
 def _spread(lanes: jax.Array, columns: int) -> jax.Array:
     """[tokens, LANES] -> [tokens, columns]: what each column's lane holds."""
     return jnp.concatenate([lanes] * (columns // blocks.LANES), axis=1)
-
-
-def row_max(lanes: jax.Array) -> jax.Array:
-    return jnp.max(lanes, axis=1, keepdims=True)
-
-
-def row_sum(lanes: jax.Array) -> jax.Array:
-    return jnp.sum(lanes, axis=1, keepdims=True)
-
-
-def _registers(values: jax.Array) -> list[jax.Array]:
-    """[tokens, vocab] -> [tokens, LANES] each."""
-    starts = range(0, values.shape[1], blocks.LANES)
-    return [values[:, start : start + blocks.LANES] for start in starts]
 
 
 def _gradient(
@@ -197,7 +172,7 @@ def _add_to_hidden(
             if masked:
                 index = lax.broadcasted_iota(jnp.int32, columns.shape, axis)
                 columns = jnp.where(index < counting, columns, jnp.zeros_like(columns))
-            total[part, :, here] += _dot(of_logits, columns, (1, axis))
+            total[part, :, here] += dot(of_logits, columns, (1, axis))
 
     if place.layout.all_count and place.layout.vocab_size % vocab == 0:
         return add(False)
@@ -212,24 +187,12 @@ def _add_to_head(
     hidden = operands.models[0].hidden
     for here in _slices(hidden.shape[1]):
         if place.layout.vocab_axes[0] == 0:
-            total[part, :, here] += _dot(of_logits, hidden[:, here], (0, 0))
+            total[part, :, here] += dot(of_logits, hidden[:, here], (0, 0))
         else:
-            total[part, here, :] += _dot(hidden[:, here], of_logits, (0, 0))
+            total[part, here, :] += dot(hidden[:, here], of_logits, (0, 0))
 
 
 def _slices(width: int) -> Iterator[slice]:
     """The width in parts of WIDTH_PART and what is left."""
     step = blocks.WIDTH_PART
     return (slice(x, min(x + step, width)) for x in range(0, width, step))
-
-
-def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """In float32; float32 operands keep their digits, which by default the unit rounds off."""
-    exact = a.dtype == jnp.float32
-    return lax.dot_general(
-        a,
-        b,
-        (((contracted[0],), (contracted[1],)), ((), ())),
-        preferred_element_type=jnp.float32,
-        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
-    )

@@ -4,6 +4,7 @@ The vocabulary is the outer loop. A block of the head is then read once for all 
 gradient is complete, in float32, when the block is left; it is rounded to the head's type once.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -139,6 +140,21 @@ def _dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
+def dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    """Product of two matrices over one dimension of each, summed in float32.
+
+    A TPU multiplies float32 in bfloat16 unless told otherwise.
+    """
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+    return lax.dot_general(
+        a, b, dimensions, precision=precision(a), preferred_element_type=jnp.float32
+    )
+
+
+def precision(operand: jax.Array) -> lax.Precision | None:
+    return lax.Precision.HIGHEST if operand.dtype == jnp.float32 else None
+
+
 def scaled(
     raw: jax.Array, temperature: jax.Array, soft_cap: float | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -186,3 +202,29 @@ def vary_alike(*operands: jax.Array) -> tuple[jax.Array, ...]:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return tuple(mark(x) for x in operands)
+
+
+# A sum over the columns of a tile is kept for each lane apart, [tokens, LANES]: adding registers is
+# what the unit does best, adding the lanes of one what it does worst. The last step does that once.
+
+
+def lane_max(values: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.maximum, _registers(values))
+
+
+def lane_sum(values: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.add, _registers(values))
+
+
+def row_max(lanes: jax.Array) -> jax.Array:
+    return jnp.max(lanes, axis=1, keepdims=True)
+
+
+def row_sum(lanes: jax.Array) -> jax.Array:
+    return jnp.sum(lanes, axis=1, keepdims=True)
+
+
+def _registers(values: jax.Array) -> list[jax.Array]:
+    """[tokens, vocab] -> [tokens, LANES] each."""
+    starts = range(0, values.shape[1], LANES)
+    return [values[:, start : start + LANES] for start in starts]

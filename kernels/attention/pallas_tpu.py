@@ -9,8 +9,6 @@ ways a tile can lie, the TPU compiler's estimate is lower with
     as they are, and two of its three products are plain.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,7 +16,8 @@ from jax.experimental import pallas as pl
 from jaxdistill.kernels import on_tpu, tiles
 from jaxdistill.kernels.attention import pallas_grid, problem
 from jaxdistill.kernels.attention.pallas_grid import Call, Step
-from jaxdistill.kernels.attention.problem import Options, Places, dot
+from jaxdistill.kernels.attention.problem import Options, Places
+from jaxdistill.kernels.tiles import dot, lane_sum
 
 
 def forward(
@@ -100,7 +99,7 @@ def _forward_kernel(call: Call, step: Step, inputs: dict, outputs: dict, scratch
         shrink = jnp.exp(before - finite)
         value = inputs["value"][...]
         maximum[...] = now
-        total[...] = total[...] * shrink + _sum_of_registers(weights)
+        total[...] = total[...] * shrink + lane_sum(weights)
         part = dot(weights.astype(value.dtype), value, (1, 0))
         total_output[...] = total_output[...] * _wide(shrink, part.shape[1]) + part
 
@@ -215,12 +214,6 @@ def _along(axis: int, row: jax.Array) -> jax.Array:
 def _wide(column: jax.Array, width: int) -> jax.Array:
     """[N, 128], the same in all lanes -> [N, width]."""
     return jnp.tile(column, (1, -(-width // tiles.LANES)))[:, :width]
-
-
-def _sum_of_registers(tile: jax.Array) -> jax.Array:
-    """[N, keys] -> [N, 128]: what is left to do is a sum over lanes, and that is slow."""
-    parts = [tile[:, start : start + tiles.LANES] for start in range(0, tile.shape[1], tiles.LANES)]
-    return functools.reduce(jnp.add, parts)
 
 
 def _rows(block: jax.Ref) -> jax.Array:

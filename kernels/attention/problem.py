@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 
 class Options(NamedTuple):
@@ -105,21 +104,6 @@ def capped(options: Options, products: jax.Array) -> tuple[jax.Array, jax.Array 
         return scaled, None
     bounded = jnp.tanh(scaled / options.soft_cap)
     return options.soft_cap * bounded, 1 - bounded * bounded
-
-
-def dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """Product of two matrices over one dimension of each, summed in float32.
-
-    A TPU multiplies float32 in bfloat16 unless told otherwise.
-    """
-    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
-    return lax.dot_general(
-        a, b, dimensions, precision=precision(a), preferred_element_type=jnp.float32
-    )
-
-
-def precision(operand: jax.Array) -> lax.Precision | None:
-    return lax.Precision.HIGHEST if operand.dtype == jnp.float32 else None
 
 
 def pad(array: jax.Array, axis: int, size: int, mode: str = "constant") -> jax.Array:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxdistill.kernels import tiles
 from jaxdistill.kernels.attention import problem
 from jaxdistill.kernels.attention.problem import Blocking, Options, Places
 
@@ -15,7 +16,7 @@ def attention(
         "bgrtk,bgsk->bgrts",
         query,
         key,
-        precision=problem.precision(query),
+        precision=tiles.precision(query),
         preferred_element_type=jnp.float32,
     )
     scores, _ = problem.capped(options, products)
@@ -30,7 +31,7 @@ def attention(
         "bgrts,bgsk->bgrtk",
         (shifted / positive).astype(value.dtype),
         value,
-        precision=problem.precision(value),
+        precision=tiles.precision(value),
         preferred_element_type=jnp.float32,
     )
     log_sum_exp = jnp.where(empty, -jnp.inf, maximum + jnp.log(positive))

@@ -300,5 +300,5 @@ def _tile_gradients(
 
 def _einsum(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(
-        formula, a, b, precision=problem.precision(a), preferred_element_type=jnp.float32
+        formula, a, b, precision=tiles.precision(a), preferred_element_type=jnp.float32
     )

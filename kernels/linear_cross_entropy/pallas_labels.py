@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxdistill.kernels.head_grid import Place
-from jaxdistill.kernels.head_tile import row_sum
+from jaxdistill.kernels.tiles import row_sum
 
 
 def for_each(

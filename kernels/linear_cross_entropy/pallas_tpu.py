@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jaxdistill.kernels import head_grid, head_tile, tiles
 from jaxdistill.kernels.blocks import FORWARD, LANES
 from jaxdistill.kernels.head_grid import Layout, Operands, Place
-from jaxdistill.kernels.head_tile import lane_sum, row_max, row_sum
 from jaxdistill.kernels.linear_cross_entropy import pallas_labels
+from jaxdistill.kernels.tiles import lane_sum, row_max, row_sum
 
 Outputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -74,13 +74,16 @@ def linear_cross_entropy(
         num_valid=num_valid,
         labels=labels.shape[-1],
     )
-    several = labels.reshape(-1, labels.shape[-1])
-    order = jnp.argsort(several, axis=-1)
-    leaves, structure = jax.tree.flatten((operands, jnp.take_along_axis(several, order, axis=-1)))
+    in_order, order = labels.reshape(-1, labels.shape[-1]), None
+    if labels.shape[-1] > 1:
+        order = jnp.argsort(in_order, axis=-1)
+        in_order = jnp.take_along_axis(in_order, order, axis=-1)
+    leaves, structure = jax.tree.flatten((operands, in_order))
     operands, in_order = jax.tree.unflatten(structure, tiles.vary_alike(*leaves))
     options = _Options(soft_cap, with_entropy, with_rest, layout)
     log_prob, *sums = _flat(options, operands, in_order)
-    log_prob = jnp.take_along_axis(log_prob, jnp.argsort(order, axis=-1), axis=-1)
+    if order is not None:
+        log_prob = jnp.take_along_axis(log_prob, jnp.argsort(order, axis=-1), axis=-1)
     log_sum_exp, entropy, rest = (x.reshape(labels.shape[:-1]) for x in sums)
     wanted = entropy if with_entropy else None, rest if with_rest else None
     return log_prob.reshape(labels.shape), log_sum_exp, *wanted

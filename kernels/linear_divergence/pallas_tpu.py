@@ -24,7 +24,6 @@ from jax.experimental import pallas as pl
 from jaxdistill.kernels import head_grid, head_tile, tiles
 from jaxdistill.kernels.blocks import FORWARD, LANES, SECOND_FORWARD
 from jaxdistill.kernels.head_grid import Layout, Operands, Place
-from jaxdistill.kernels.head_tile import lane_sum, row_max, row_sum
 from jaxdistill.kernels.linear_divergence import kinds
 from jaxdistill.kernels.linear_divergence.statistics import (
     DIRECTIONS,
@@ -35,6 +34,7 @@ from jaxdistill.kernels.linear_divergence.statistics import (
     own_columns,
     together,
 )
+from jaxdistill.kernels.tiles import lane_sum, row_max, row_sum
 
 
 class _Options(NamedTuple):
