@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxdistill.kernels import generation, searched_blocks
 from jaxdistill.kernels.dispatch import ImplementationError
+from jaxdistill.kernels.tiles import LANES, round_up
 
 ROWS = 16  # rows of a packed bfloat16 register; blocks of tokens are a multiple of it
-LANES = 128  # the width of a register; blocks of columns are a multiple of it
 TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 VOCAB = (128, 256, 384, 512, 768, 1024, 2048)
 WIDTH_PART = 512  # columns of D of a gradient's product that are in VMEM before they are added
@@ -179,10 +179,10 @@ def _tiles(sizes: Sizes) -> list[Tile]:
 
 def vmem_of(sweep: Sweep, tile: Tile, sizes: Sizes) -> int:
     """Bytes a kernel holds: what is read and written twice over, to overlap the moving."""
-    part = sum(_round_up(width // tile.parts, LANES) for width in sizes.widths)
+    part = sum(round_up(width // tile.parts, LANES) for width in sizes.widths)
     operands = 2 * sizes.itemsize * (tile.tokens + tile.vocab) * part
     rows = {None: 0, "head": tile.tokens, "hidden": tile.vocab}[sweep.product_with]
-    width = _round_up(sizes.widths[0], LANES)
+    width = round_up(sizes.widths[0], LANES)
     of_width = 4 * width + 2 * sizes.itemsize * (width // tile.parts)  # the sum, and its output
     gradient = rows * (of_width + 4 * min(width // tile.parts, WIDTH_PART))
     logits = 4 * tile.tokens * tile.vocab
@@ -190,7 +190,7 @@ def vmem_of(sweep: Sweep, tile: Tile, sizes: Sizes) -> int:
     if sizes.labels == 1:
         return held
     # A loop over labels carries a tile and writes another; all it does to them is as wide as they.
-    return held + 3 * logits + 4 * 12 * _round_up(sizes.labels, LANES) * tile.tokens
+    return held + 3 * logits + 4 * 12 * round_up(sizes.labels, LANES) * tile.tokens
 
 
 def seconds_of(sweep: Sweep, tile: Tile, sizes: Sizes) -> float:
@@ -220,9 +220,5 @@ def seconds_of(sweep: Sweep, tile: Tile, sizes: Sizes) -> float:
 
 def _up_to(sizes: tuple[int, ...], most: int, multiple: int) -> list[int]:
     """The sizes below what there is, and what there is itself, rounded up, where that is small."""
-    whole = _round_up(max(most, 1), multiple)
+    whole = round_up(max(most, 1), multiple)
     return [x for x in sizes if x < whole] + ([whole] if whole <= sizes[-1] else [])
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

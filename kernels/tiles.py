@@ -6,6 +6,7 @@ gradient is complete, in float32, when the block is left; it is rounded to the h
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -39,12 +40,12 @@ def plan(
     if chunk_vocab is None:
         fitting = max(TILE_BYTES // (4 * tokens), LANES)
         blocks = -(-vocab_size // fitting)
-        chunk_vocab = _round_up(-(-vocab_size // blocks), LANES)
+        chunk_vocab = round_up(-(-vocab_size // blocks), LANES)
     vocab = min(chunk_vocab, vocab_size)
     return Tiling(tokens, -(-num_tokens // tokens), vocab, -(-vocab_size // vocab))
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
@@ -178,6 +179,18 @@ class OnlineSoftmax(NamedTuple):
 def start_softmax(like: jax.Array) -> OnlineSoftmax:
     """Nothing seen yet. The maximum is finite from the start, so it can be subtracted."""
     return OnlineSoftmax(jnp.full_like(like, LOWEST), jnp.zeros_like(like))
+
+
+def joined(
+    softmax: OnlineSoftmax, largest: Callable, summed: Callable
+) -> tuple[OnlineSoftmax, jax.Array]:
+    """Of parts of the vocabulary together, by maxima and sums over the parts; m of each - m.
+
+    A part without a column that counts has a total of 0.
+    """
+    maximum = largest(softmax.maximum)
+    shift = softmax.maximum - maximum
+    return OnlineSoftmax(maximum, summed(softmax.total * jnp.exp(shift))), shift
 
 
 def absorb(state: OnlineSoftmax, logits: jax.Array) -> tuple[OnlineSoftmax, jax.Array, jax.Array]:

@@ -194,23 +194,18 @@ def _statistics(
 
     @pl.when(place.last())
     def _() -> None:
-        largest, every, moments = _joined(maximum[...], total[...], moment[...])
-        output[:, 0:1] = largest + jnp.log(every)
+        softmax, shift = _of_lanes(maximum, total)
+        moments = row_sum(jnp.exp(shift) * (moment[...] + total[...] * shift))
+        every = softmax.total
+        output[:, 0:1] = softmax.log_sum_exp()
         output[:, 1:2] = jnp.where(every != 0, jnp.log(every) - moments / every, 0.0)
-        largest, every, _ = _joined(rest_maximum[...], rest_total[...], rest_total[...])
-        output[:, 2:3] = largest + jnp.log(every)
+        output[:, 2:3] = _of_lanes(rest_maximum, rest_total)[0].log_sum_exp()
         several = per_token[0].shape[1] > 1
         output[:, 3:] = picked[...] if several else row_sum(picked[...])
 
 
-def _joined(
-    maximum: jax.Array, total: jax.Array, moment: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Maximum, total and moment of all lanes together."""
-    largest = row_max(maximum)
-    shift = maximum - largest
-    decay = jnp.exp(shift)
-    return largest, row_sum(decay * total), row_sum(decay * (moment + total * shift))
+def _of_lanes(maximum: Any, total: Any) -> tuple[tiles.OnlineSoftmax, jax.Array]:
+    return tiles.joined(tiles.OnlineSoftmax(maximum[...], total[...]), row_max, row_sum)
 
 
 def _pick(place: Place, tile: _Tile, labels: Any, picked: Any, rest: Any) -> None:

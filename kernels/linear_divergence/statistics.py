@@ -50,19 +50,9 @@ def over_devices(kind: str, running: Running, axis_name: str) -> Running:
 
 
 def together(kind: str, running: Running, largest: Callable, summed: Callable) -> Running:
-    """Statistics of parts of the vocabulary, joined by maxima and sums over the parts.
-
-    A part without a column that counts has a total of 0.
-    """
-
-    def joined(softmax: tiles.OnlineSoftmax) -> tuple[tiles.OnlineSoftmax, jax.Array]:
-        maximum = largest(softmax.maximum)
-        shift = softmax.maximum - maximum
-        total = summed(softmax.total * jnp.exp(shift))
-        return tiles.OnlineSoftmax(maximum, total), shift
-
-    student, student_shift = joined(running.student)
-    teacher, teacher_shift = joined(running.teacher)
+    """Statistics of parts of the vocabulary, joined by maxima and sums over the parts."""
+    student, student_shift = tiles.joined(running.student, largest, summed)
+    teacher, teacher_shift = tiles.joined(running.teacher, largest, summed)
     differences = []
     for forward, own in zip(DIRECTIONS.get(kind, ()), running.differences, strict=True):
         p_total, p_shift, q_shift = running.teacher.total, teacher_shift, student_shift
