@@ -201,10 +201,5 @@ def count_columns(
         vocab_size = arguments.check_head(name, hidden, head, head_layout, vocab_size)
         return vocab_size, vocab_size
     columns = arguments.check_head(name, hidden, head, head_layout, None)
-    padded = columns * sharded.check_axis(axis_name, head)
-    if vocab_size is not None and not 0 < vocab_size <= padded:
-        raise ValueError(
-            f"vocab_size must lie in [1, {padded}], the columns of {name}head over axis "
-            f"{axis_name!r}, but it is {vocab_size}"
-        )
-    return columns, padded if vocab_size is None else vocab_size
+    sharded.check_axis(axis_name, head)
+    return columns, sharded.count_columns(columns, f"{name}head", axis_name, vocab_size)

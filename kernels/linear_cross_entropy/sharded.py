@@ -21,15 +21,25 @@ from jax import lax
 Outputs = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
 
-def check_axis(axis_name: str, head: jax.Array) -> int:
-    """Raise ValueError unless `head` is one device's part along this axis; the number of parts."""
+def check_axis(axis_name: str, head: jax.Array) -> None:
+    """Raise ValueError unless `head` is one device's part along this axis."""
     varying = jax.typeof(head).manual_axis_type.varying
     if axis_name not in varying:
         raise ValueError(
             f"axis_name must be an axis over which shard_map splits head, with check_vma=True, but "
             f"it is {axis_name!r} and head is split over {sorted(varying) or 'none'}"
         )
-    return lax.axis_size(axis_name)
+
+
+def count_columns(own: int, heads: str, axis_name: str, vocab_size: int | None) -> int:
+    """The columns that count on all devices, `own` on each; ValueError unless they have so many."""
+    padded = own * lax.axis_size(axis_name)
+    if vocab_size is not None and not 0 < vocab_size <= padded:
+        raise ValueError(
+            f"vocab_size must lie in [1, {padded}], the columns of {heads} over axis "
+            f"{axis_name!r}, but it is {vocab_size}"
+        )
+    return padded if vocab_size is None else vocab_size
 
 
 def linear_cross_entropy(

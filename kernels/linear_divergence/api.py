@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxdistill.kernels import arguments, blocks, dispatch, on_tpu
-from jaxdistill.kernels.linear_cross_entropy.sharded import check_axis
+from jaxdistill.kernels.linear_cross_entropy import sharded
 from jaxdistill.kernels.linear_divergence import kinds, pallas_tpu, reference, xla
 from jaxdistill.kernels.linear_divergence.kinds import KINDS, MIXTURES
 
@@ -161,18 +161,13 @@ def _count_columns(
         return arguments.check_two_heads(student, teacher, head_layout, vocab_size)
     own = arguments.check_two_heads(student, teacher, head_layout, None)
     for name, (hidden, head) in (("student", student), ("teacher", teacher)):
-        padded = own * check_axis(axis_name, head)
+        sharded.check_axis(axis_name, head)
         if axis_name in jax.typeof(hidden).manual_axis_type.varying:
             raise ValueError(
                 f"{name}_hidden must be the same on every device of axis {axis_name!r}, over which "
                 "the head is split, but it varies over it: gather it first"
             )
-    if vocab_size is not None and not 0 < vocab_size <= padded:
-        raise ValueError(
-            f"vocab_size must lie in [1, {padded}], the columns of the heads over axis "
-            f"{axis_name!r}, but it is {vocab_size}"
-        )
-    return padded if vocab_size is None else vocab_size
+    return sharded.count_columns(own, "the heads", axis_name, vocab_size)
 
 
 def check_kind(kind: str, share: jax.typing.ArrayLike | None) -> None:
